@@ -28,7 +28,7 @@ def grid_boxes(
     "The cells of one grid: (rows * cols, 4) pixel boxes, row by row. Patchify, section 3."
     if min(width, height, rows, cols) < 1:
         raise ValueError(f"an image of {width} x {height} pixels cannot be cut into {rows} x {cols} cells: all four must be at least 1")
-    (y, x) = _edges(height, rows), _edges(width, cols)
+    y, x = _edges(height, rows), _edges(width, cols)
     cells = [(x0, y0, x1, y1) for y0, y1 in y for x0, x1 in x]
     return np.array(cells, dtype=np.float32)
 
