@@ -1,0 +1,36 @@
+# `make reports` and `make test` do everything on a fresh machine with Python 3.10+ and make.
+# With a network and the data: make reports DATASET=ilias:DIR BACKBONE=siglip
+PYTHON ?= python3
+DATASET ?= mini
+BACKBONE ?= mini
+BIN := .venv/bin
+
+.PHONY: install reports test bench train-mini notebooks clean
+
+install: .venv/installed
+
+.venv/installed: settings.ini setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "patchify needs Python 3.10 or newer: name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+reports: install
+	$(BIN)/patchify report --dataset $(DATASET) --backbone $(BACKBONE)
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+train-mini: install
+	$(BIN)/python -m patchify.training
+
+notebooks: install
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python -m patchify.report readme
+
+clean:
+	rm -rf .venv data/stores data/mini data/tiny
