@@ -1,0 +1,179 @@
+"""Exact search against the slow, obvious version, over awkward sizes and awkward inputs."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from patchify import search as module
+from patchify.search import ExactIndex, SearchResult, best_patches, merge, patch_scores, rank_images
+
+FIELDS = ("scores", "ranks", "patch_ids")
+SIZES = dict(n=st.integers(1, 70), n_patches=st.sampled_from([1, 2, 5, 14, 30]), dim=st.sampled_from([1, 2, 3, 7, 16, 33, 130]),
+             n_query=st.integers(1, 40), seed=st.integers(0, 10**6))
+
+
+def made(n, n_patches, dim, n_query, seed):
+    """Whole numbers: every sum is exact in float32, so brute force must be met to the bit and ties abound."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(-3, 4, (n, n_patches, dim)).astype(np.float32), rng.integers(-3, 4, (n_query, dim)).astype(np.float32))
+
+
+def brute_force(gallery, queries, k=None):
+    """One query and one image at a time, in double precision."""
+    scores, ranks, patches = [], [], []
+    for query in queries.astype(float):
+        per_patch = [[float(query @ d) for d in image.astype(float)] for image in gallery]
+        best = [max(row) for row in per_patch]
+        order = sorted(range(len(best)), key=lambda i: (-best[i], i))[:k]
+        scores.append([best[i] for i in order])
+        ranks.append(order)
+        patches.append([per_patch[i].index(best[i]) for i in order])
+    return SearchResult(np.array(scores, np.float32), np.array(ranks), np.array(patches))
+
+
+def assert_same(a, b):
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES, k=st.one_of(st.none(), st.integers(1, 90)))
+def test_equals_brute_force_ties_included(n, n_patches, dim, n_query, seed, k):
+    gallery, queries = made(n, n_patches, dim, n_query, seed)
+    found = ExactIndex(gallery).search(queries, k)
+    assert_same(found, brute_force(gallery, queries, k))
+    assert [getattr(found, name).dtype for name in FIELDS] == [np.float32, np.int64, np.int64]
+
+
+@settings(max_examples=30, deadline=None)
+@given(**SIZES, cuts=st.lists(st.integers(0, 70), max_size=4), queries_at_once=st.integers(1, 9), images=st.integers(1, 20), pending=st.integers(1, 8))
+def test_blocks_and_batches_change_no_bit(n, n_patches, dim, n_query, seed, cuts, queries_at_once, images, pending):
+    rng = np.random.default_rng(seed)
+    gallery, queries = rng.normal(size=(n, n_patches, dim)).astype(np.float32), rng.normal(size=(n_query, dim)).astype(np.float32)
+    whole = ExactIndex(gallery, device="cpu").search(queries, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "QUERIES", queries_at_once)
+        patch.setattr(module, "PENDING", pending)
+        patch.setattr(module, "block_images", lambda *_: images)
+        pieces = ExactIndex(np.split(gallery, sorted(min(c, n) for c in cuts)), device="cpu").search(queries, 10)
+    if torch.backends.mkldnn.is_available():
+        assert_same(whole, pieces)
+    np.testing.assert_allclose(whole.scores, pieces.scores, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(**SIZES)
+def test_random_descriptors_against_double_precision(n, n_patches, dim, n_query, seed):
+    rng = np.random.default_rng(seed)
+    gallery, queries = rng.normal(size=(n, n_patches, dim)), rng.normal(size=(n_query, dim))
+    gallery, queries = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (gallery, queries))
+    found = ExactIndex(gallery.astype(np.float32)).search(queries.astype(np.float32))
+    every = np.einsum("qd,npd->qnp", queries, gallery)
+    rows = np.arange(n_query)[:, None]
+    np.testing.assert_allclose(found.scores, every.max(2)[rows, found.ranks], atol=2e-6)
+    np.testing.assert_allclose(found.scores, every[rows, found.ranks, found.patch_ids], atol=2e-6)
+    assert (np.sort(found.ranks, axis=1) == np.arange(n)).all() and (np.diff(found.scores, axis=1) <= 0).all()
+
+
+def test_permuting_the_gallery_permutes_the_ranks():
+    rng = np.random.default_rng(1)
+    gallery, queries = rng.normal(size=(50, 5, 24)).astype(np.float32), rng.normal(size=(7, 24)).astype(np.float32)
+    order = rng.permutation(50)
+    before, after = ExactIndex(gallery).search(queries), ExactIndex(gallery[order]).search(queries)
+    np.testing.assert_array_equal(order[after.ranks], before.ranks)
+    np.testing.assert_array_equal(after.patch_ids, before.patch_ids)
+
+
+def test_permuting_patches_permutes_patch_ids():
+    rng = np.random.default_rng(2)
+    gallery, queries = rng.normal(size=(40, 14, 24)).astype(np.float32), rng.normal(size=(5, 24)).astype(np.float32)
+    order = rng.permutation(14)
+    before, after = ExactIndex(gallery).search(queries), ExactIndex(gallery[:, order]).search(queries)
+    np.testing.assert_array_equal(after.ranks, before.ranks)
+    np.testing.assert_array_equal(order[after.patch_ids], before.patch_ids)
+
+
+def test_copies_tie_and_come_in_order_across_blocks():
+    rng = np.random.default_rng(3)
+    gallery, queries = rng.normal(size=(300, 5, 100)).astype(np.float32), rng.normal(size=(11, 100)).astype(np.float32)
+    gallery[[17, 160, 299]] = gallery[4]
+    found = ExactIndex([gallery[:9], gallery[9:161], gallery[161:]]).search(queries)
+    for row, patches in zip(found.ranks, found.patch_ids):
+        places = np.array([np.flatnonzero(row == i)[0] for i in (4, 17, 160, 299)])
+        assert (np.diff(places) == 1).all() and len(set(patches[places])) == 1
+
+
+def test_float16_memory_maps_equal_their_values(tmp_path):
+    rng = np.random.default_rng(4)
+    gallery, queries = rng.normal(size=(90, 5, 20)).astype(np.float16), rng.normal(size=(6, 20)).astype(np.float32)
+    for i, block in enumerate(np.split(gallery, [13, 60])):
+        np.save(tmp_path / f"{i}.npy", block)
+    maps = [np.load(tmp_path / f"{i}.npy", mmap_mode="r") for i in range(3)]
+    assert_same(ExactIndex(maps).search(queries), ExactIndex(gallery.astype(np.float32)).search(queries))
+    np.save(tmp_path / "wide.npy", gallery.astype(np.float32))
+    assert_same(ExactIndex(np.load(tmp_path / "wide.npy", mmap_mode="r")).search(queries), ExactIndex(maps).search(queries))
+
+
+def test_search_leaves_its_inputs_alone():
+    gallery, queries = made(20, 5, 8, 4, 0)
+    copies = gallery.copy(), queries.copy()
+    gallery.flags.writeable = queries.flags.writeable = False
+    ExactIndex(gallery).search(queries)
+    np.testing.assert_array_equal(gallery, copies[0])
+    np.testing.assert_array_equal(queries, copies[1])
+
+
+def test_minus_infinity_is_ranked_last_and_counted():
+    scores = torch.tensor([[-torch.inf, 0.5, -torch.inf, 0.7]])
+    found = rank_images([(scores, torch.zeros(1, 4, dtype=torch.int32))])
+    assert found.ranks.tolist() == [[3, 1, 0, 2]] and found.unreached.tolist() == [2]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_values_that_are_not_finite_are_refused_and_named(bad, dtype):
+    gallery, queries = made(30, 5, 8, 4, 0)
+    spoilt = gallery.astype(dtype)
+    spoilt[21, 3, 2] = bad
+    with pytest.raises(ValueError, match="gallery image 21"):
+        ExactIndex([spoilt[:20], spoilt[20:]]).search(queries)
+    queries[2, 1] = bad
+    with pytest.raises(ValueError, match="queries hold NaN or infinity, first in row 2"):
+        ExactIndex(gallery).search(queries)
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda g, q: ExactIndex(g).search(q[:, :3]), r"queries must be \(Q, 8\).*\(4, 3\)"),
+    (lambda g, q: ExactIndex(g).search(q[0]), r"queries must be \(Q, 8\)"),
+    (lambda g, q: ExactIndex(g).search(q[:0]), r"queries must be \(Q, 8\)"),
+    (lambda g, q: ExactIndex(g).search(q, 0), "k must be at least 1"),
+    (lambda g, q: ExactIndex(g).search(q, -3), "k must be at least 1"),
+    (lambda g, q: ExactIndex(g[0]), r"descriptors must be \(images, patches, dim\)"),
+    (lambda g, q: ExactIndex(g[:0]), "descriptors hold no image"),
+    (lambda g, q: ExactIndex([]), "descriptors hold no image"),
+    (lambda g, q: ExactIndex([g, g[:, :2]]), "block 1 has"),
+    (lambda g, q: ExactIndex([g, g[:, :, :2]]), "block 1 has"),
+    (lambda g, q: ExactIndex(g, gallery_ids=range(5)), "gallery_ids must be 20 integers"),
+    (lambda g, q: ExactIndex(g, gallery_ids=np.arange(20)[::-1]), "gallery_ids must rise"),
+])
+def test_bad_input_gets_a_sentence(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(*made(20, 5, 8, 4, 0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SIZES, k=st.one_of(st.none(), st.integers(1, 90)), n_parts=st.integers(1, 4))
+def test_merged_parts_equal_the_whole(n, n_patches, dim, n_query, seed, k, n_parts):
+    gallery, queries = made(n, n_patches, dim, n_query, seed)
+    owner = np.random.default_rng(seed).integers(0, n_parts, n)
+    parts = [ExactIndex(gallery[owner == i], np.flatnonzero(owner == i)).search(queries, k) for i in range(n_parts) if (owner == i).any()]
+    assert_same(merge(parts, k), ExactIndex(gallery).search(queries, k))
+
+
+def test_best_patch_of_a_block_equals_numpy():
+    rng = np.random.default_rng(5)
+    block, queries = rng.integers(-2, 3, (33, 7, 6)).astype(np.float32), rng.integers(-2, 3, (10, 6)).astype(np.float32)
+    every = np.einsum("qd,npd->qnp", queries, block)
+    scores, patches = best_patches(patch_scores(torch.from_numpy(block), torch.from_numpy(queries)))
+    np.testing.assert_array_equal(scores, every.max(2))
+    np.testing.assert_array_equal(patches, every.argmax(2))
