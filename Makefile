@@ -30,7 +30,7 @@ train-mini: install
 notebooks: install
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
-	$(BIN)/python -m patchify.report readme
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide-input --TagRemovePreprocessor.remove_cell_tags=hide-cell nbs/index.ipynb
 
 clean:
 	rm -rf .venv data/stores data/mini data/tiny
