@@ -1,0 +1,220 @@
+"""Coupled views, distillation terms, triplets, evaluation by class and the training loop around them."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torch import nn
+
+from patchify.asymmetric import (
+    PRESETS, Preset, Views, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views, evaluate_classes,
+    mix_views, query_cost, relational_loss, render, sample_negatives, triplet_loss)
+from patchify.train import Plan, train
+
+
+def vectors(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def ramp(width, height):
+    "Red is x, green is y."
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([255 * x / width, 255 * y / height, 0 * x], -1).astype(np.uint8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 1000))
+def test_views_lie_inside_any_image(width, height, seed):
+    boxes = draw_views(width, height, 5, np.random.default_rng(seed)).boxes
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (width, height)).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(60, 300), st.integers(60, 300), st.integers(0, 1000))
+def test_both_sizes_show_the_same_region(width, height, seed):
+    image, views = ramp(width, height), draw_views(width, height, 3, np.random.default_rng(seed), jitter=0, area=(0.2, 1.0))
+    small, large = render(image, views, 16), render(image, views, 64)
+    assert (small - F.avg_pool2d(large, 4)).abs().max() < 0.04
+    for (x0, y0, x1, y1), mirrored, view in zip(views.boxes, views.mirrored, small):
+        red = view[0].mean(0)
+        expected = np.array([x0, x1])[:: -1 if mirrored else 1] / width
+        assert abs(float(red[0]) - expected[0]) < 0.06 and abs(float(red[-1]) - expected[1]) < 0.06
+        assert abs(float(view[1, 0].mean()) - y0 / height) < 0.06 and abs(float(view[1, -1].mean()) - y1 / height) < 0.06
+
+
+def test_colour_changes_are_shared_by_both_sizes():
+    image, views = ramp(120, 90), draw_views(120, 90, 12, np.random.default_rng(0))
+    small, large = render(image, views, 16), render(image, views, 64)
+    plain = render(image, Views(views.boxes, views.mirrored, np.tile([1, 1, 1, 0], (12, 1)), views.order), 64)
+    assert (small.mean((2, 3)) - large.mean((2, 3))).abs().max() < 0.04 < (plain.mean((2, 3)) - large.mean((2, 3))).abs().max()
+
+
+def test_views_are_seeded():
+    image = ramp(80, 60)
+    a, b = (render(image, draw_views(80, 60, 4, np.random.default_rng(3)), 16) for _ in range(2))
+    assert torch.equal(a, b) and a.min() >= 0 and a.max() <= 1
+
+
+def test_mixing_never_meets_itself_and_is_shared():
+    images = torch.eye(4).view(4, 1, 4, 1, 1).expand(4, 6, 4, 2, 2)
+    small, large = mix_views(images, images.repeat(1, 1, 1, 3, 3), np.random.default_rng(1))
+    assert torch.equal(small[..., 0, 0], large[..., 0, 0]) and torch.allclose(small.sum(2), torch.ones(4, 6, 2, 2))
+    assert ((small[..., 0, 0] > 0).sum(-1) <= 2).all()
+    one = torch.rand(1, 3, 3, 2, 2)
+    assert torch.equal(mix_views(one, one, np.random.default_rng(0))[0], one)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(2, 9), st.integers(0, 50))
+def test_loss_is_zero_for_the_teacher_itself(images, views, dim, seed):
+    v = vectors(images, views, dim, seed=seed)
+    for weights in [(0, 0), (1, 0), (0, 1), (0.7, 0.7)]:
+        assert 0 <= float(distillation_loss(v, v, *weights)) < 1e-9
+
+
+def test_each_weight_acts_alone():
+    s, t = vectors(3, 5, 8), vectors(3, 5, 8, seed=1)
+    among = lambda a, b: a @ b.transpose(1, 2)
+    base = absolute_loss(s, t)
+    assert torch.isclose(distillation_loss(s, t, 0.3, 0), base + 0.3 * relational_loss(among(s, t), among(t, t)))
+    assert torch.isclose(distillation_loss(s, t, 0, 0.4), base + 0.4 * relational_loss(among(s, s), among(t, t)))
+    assert torch.equal(distillation_loss(s, t, 0, 0), base)
+
+
+def test_a_rotated_student_is_invisible_to_its_own_similarities():
+    t = vectors(2, 4, 6)
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))
+    own = distillation_loss(t @ turn, t, 0, 1) - absolute_loss(t @ turn, t)
+    assert abs(float(own)) < 1e-4 < float(absolute_loss(t @ turn, t))
+
+
+def test_the_diagonal_is_left_out():
+    same = torch.zeros(1, 3, 3)
+    assert float(relational_loss(torch.eye(3)[None] * 9, same)) < 1e-9
+    assert float(relational_loss(torch.ones(1, 3, 3), same)) == pytest.approx(1, abs=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher():
+    s, t = vectors(2, 3, 4).requires_grad_(), vectors(2, 3, 4, seed=1).requires_grad_()
+    distillation_loss(s, t).backward()
+    assert s.grad.any() and t.grad is None
+
+
+def test_triplets_against_loops():
+    a, p, n = vectors(3, 5), vectors(3, 2, 5, seed=1), vectors(3, 4, 5, seed=2)
+    slow = sum(np.mean([max(0, float((a[i] - p[i, j]).square().sum() - (a[i] - n[i, k]).square().sum()) + 0.5) for j in range(2) for k in range(4)])
+               for i in range(3))
+    assert float(triplet_loss(a, p, n, 0.5)) == pytest.approx(slow, abs=1e-5)
+
+
+def test_classes_with_one_image_are_named():
+    with pytest.raises(ValueError, match="gull has 1"):
+        batch_positives(["crow", "crow", "gull"])
+    with pytest.raises(ValueError, match="same number"):
+        batch_positives([0, 0, 1, 1, 1])
+
+
+def test_negatives_are_of_other_classes_even_when_all_are_far():
+    corners = torch.cat([torch.eye(4), -torch.eye(4)])          # no pair nearer than sqrt 2
+    labels = np.repeat([0, 1], 4)
+    drawn = sample_negatives(corners, labels, 6, np.random.default_rng(0))
+    assert (labels[drawn] != labels[:, None]).all()
+    with pytest.raises(ValueError, match="no negatives"):
+        sample_negatives(corners, np.zeros(8), 2, np.random.default_rng(0))
+
+
+def test_evaluation_ignores_the_image_itself_and_singletons():
+    labels = np.array([0, 0, 1, 2, 2, 2])
+    perfect = np.eye(3)[labels]
+    scores = evaluate_classes(perfect, perfect, labels)
+    assert scores.map == scores.recall_at(1) == 1 and np.isnan(scores.aps[2]) and np.isnan(scores.recalls[2]).all()
+    assert evaluate_classes(perfect, -perfect, labels).recall_at(1) < 1
+
+
+def test_blocks_do_not_change_the_evaluation():
+    q, g, labels = (vectors(23, 4).numpy(), vectors(23, 4, seed=1).numpy(), np.arange(23) % 5)
+    whole, pieces = evaluate_classes(q, g, labels), evaluate_classes(q, g, labels, block=4)
+    for name in ("aps", "aps_at", "precisions", "recalls"):
+        assert np.array_equal(getattr(whole, name), getattr(pieces, name), equal_nan=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64))
+def test_the_centre_view_is_square(width, height, size):
+    assert centre_view(Image.new("RGB", (width, height)), size).shape == (3, size, size)
+
+
+def test_cost_counts_and_keeps_the_mode():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Flatten(), nn.LazyLinear(2, bias=False)).train()
+    net(torch.rand(1, 3, 6, 6))
+    cost = query_cost(net, 6, repeats=1)
+    assert cost.flops == 2 * (36 * 3 * 4 + 36 * 4 * 2) and cost.parameters == 12 + 288 and net.training
+
+
+class Head(nn.Module):
+    "Mean colour through a linear layer: any input size."
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, images):
+        return self.linear(images.mean((2, 3)))
+
+
+def settings_of(**changes):
+    return Preset(**dict(learning_rate=0.01, lam_1=0.7, lam_2=0.7, query_size=8, gallery_size=16, views=3, batch=2) | changes)
+
+
+def open_image(index):
+    return Image.fromarray(np.random.default_rng(index).integers(0, 255, (20, 24, 3), dtype=np.uint8))
+
+
+def test_a_student_equal_to_a_size_blind_teacher_has_no_loss():
+    student = teacher = Head()
+    step = distillation_step(student, teacher, open_image, 5, settings_of())
+    assert float(step(0, np.random.default_rng(0)).detach()) < 1e-3
+
+
+def test_distillation_learns_and_resumes_bit_for_bit(tmp_path):
+    teacher, ends = Head(), []
+    plan = Plan(steps=30, learning_rate=0.03, weight_decay=0)
+    for interrupted in (False, True):
+        student = Head()
+        nn.init.normal_(student.linear.weight, std=2)
+        step = distillation_step(student, teacher, open_image, 5, settings_of())
+        file = tmp_path / f"{interrupted}.safetensors"
+        if interrupted:
+            stop = lambda draw, rng: step(draw, rng) if draw < 13 else (_ for _ in ()).throw(KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(student, stop, plan, file, save_every=5)
+            student = Head()
+            step = distillation_step(student, teacher, open_image, 5, settings_of())
+        losses = train(student, step, plan, file, save_every=5)
+        ends.append((losses, student.state_dict()))
+    assert ends[0][0] == ends[1][0] and all(torch.equal(ends[0][1][k], ends[1][1][k]) for k in ends[0][1])
+    assert (tmp_path / "True.safetensors").read_bytes() == (tmp_path / "False.safetensors").read_bytes()
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_a_broken_loss_stops_with_a_clear_message(tmp_path):
+    student = Head()
+    loss_of = lambda draw, rng: student.linear.weight.sum() * (float("inf") if draw == 7 else 1.0)
+    with pytest.raises(FloatingPointError, match="inf at step 7 of 20.*last good state"):
+        train(student, loss_of, Plan(steps=20, learning_rate=0.1), tmp_path / "run.safetensors", save_every=5)
+    assert student.linear.weight.isfinite().all()
+
+
+def test_another_plan_does_not_continue_a_checkpoint(tmp_path):
+    student = Head()
+    loss_of = lambda draw, rng: student.linear.weight.square().sum()
+    train(student, loss_of, Plan(steps=3, learning_rate=0.1), tmp_path / "run.safetensors")
+    with pytest.raises(ValueError, match="seed = 0, this run asks for 1"):
+        train(student, loss_of, Plan(steps=3, learning_rate=0.1, seed=1), tmp_path / "run.safetensors")
+
+
+def test_presets_are_the_published_ones():
+    assert {name: (p.learning_rate, p.lam_1, p.lam_2) for name, p in PRESETS.items()} == {
+        "cub": (1.4025e-4, 0.7718, 0.6684), "cars": (1.1692e-4, 0.6371, 0.7731), "sop": (1.7579e-4, 0.7482, 0.6778)}
