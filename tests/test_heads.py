@@ -1,0 +1,97 @@
+"""Training heads: crops from both kinds of source, seeded maps, equal batches for every head, resumable training."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from patchify.benchmark import RetrievalSet
+from patchify.classes import LabelledSet
+from patchify.heads import Classifier, head_descriptors, image_batches, labelled_crops, open_crop, published_plan, train_head, view_maps
+from patchify.token import PoolHead
+from patchify.train import Plan
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    rows = []
+    for i in range(6):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append((f"{i}.png", f"{i}.png", f"class {i // 2}", "train", np.array([2, 3, 22, 23], np.float32) if i % 2 else None))
+    return LabelledSet("six", tmp_path, pd.DataFrame(rows, columns=["id", "path", "label", "part", "box"]))
+
+
+def pooled(images):
+    return nn.functional.avg_pool2d(images, 4)
+
+
+def test_crops_of_a_labelled_set(labelled):
+    crops = labelled_crops(labelled)
+    assert crops["label"].tolist() == [0, 0, 1, 1, 2, 2] and crops["box"][0] is None and crops["box"][1].tolist() == [2, 3, 22, 23]
+    assert all(box is None for box in labelled_crops(labelled, boxed=False)["box"])
+
+
+def test_distractors_of_a_retrieval_set_are_no_class(labelled):
+    one = np.array([[0, 0, 5, 5]], np.float32)
+    queries = pd.DataFrame({"id": ["q"], "path": ["0.png"], "box": [one[0]], "instance": ["cup"], "category": None, "subcategory": None})
+    gallery = pd.DataFrame({"id": list("abc"), "path": ["1.png", "2.png", "3.png"], "boxes": [one, one[:0], one.repeat(2, 0)],
+                            "instance": ["cup", None, "jar"], "scale": np.nan, "clutter": np.nan})
+    crops = labelled_crops(RetrievalSet("x", labelled.root, queries, gallery))
+    assert crops["label"].tolist() == [0, 0, 1, 1]
+
+
+def test_crops_never_leave_the_image_and_never_vanish(labelled):
+    file = labelled.root / "0.png"
+    assert open_crop(file, [39.6, 29.6, 40, 30]).size == (1, 1) or min(open_crop(file, [39.6, 29.6, 40, 30]).size) >= 1
+    assert open_crop(file, [10, 10, 20, 20], 0.5).size == (20, 20) and open_crop(file, [0, 0, 40, 30], 2).size == (40, 30)
+
+
+def test_views_do_not_depend_on_the_other_crops(labelled):
+    crops = labelled_crops(labelled)
+    maps = view_maps(crops, pooled, 16, views=3)
+    assert maps.shape == (6, 3, 3, 4, 4) and maps.dtype == torch.float16
+    assert torch.equal(view_maps(crops[:4], pooled, 16, views=3), maps[:4])
+    assert not torch.equal(view_maps(crops, pooled, 16, views=3, seed=1), maps)
+    assert view_maps(crops, pooled, 16).shape == (6, 1, 3, 4, 4)
+
+
+def test_every_head_sees_the_same_batches(labelled):
+    maps, seen = view_maps(labelled_crops(labelled), pooled, 16, views=3), []
+
+    class Spy(PoolHead):
+        def forward(self, feature_map):
+            seen.append(feature_map.clone())
+            return super().forward(feature_map)
+
+    for pool in ("gem", "mac"):
+        train_head(Spy(3, 4, pool), maps, [0, 0, 1, 1, 2, 2], 4, Plan(steps=3, learning_rate=0.01), batch=5)
+    assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:]))
+
+
+def test_a_finished_head_is_loaded(labelled, tmp_path):
+    maps, plan, found = view_maps(labelled_crops(labelled), pooled, 16, views=2), Plan(steps=4, learning_rate=0.05), []
+    for _ in range(2):
+        head = PoolHead(3, 4)
+        train_head(head, maps, [0, 0, 1, 1, 2, 2], 4, plan, checkpoint=tmp_path / "head.safetensors")
+        found.append(head_descriptors(head, maps[:, :1]))
+        assert not head.training
+    assert np.array_equal(*found) and np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+
+
+def test_batches_of_images_are_seeded(labelled):
+    draw = image_batches(labelled_crops(labelled), 16, batch=4)
+    (a, la), (b, lb) = (draw(np.random.default_rng(5)) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(la, lb) and a.shape == (4, 3, 16, 16)
+
+
+def test_the_classifier_prefers_the_right_class():
+    classifier = Classifier(nn.Identity(), 3, 3)
+    classifier.face.weight.data = torch.eye(3)
+    x = torch.eye(3)
+    assert classifier(x, torch.arange(3)) < classifier(x, torch.tensor([1, 2, 0]))
+
+
+def test_the_published_plan_warms_up_for_five_epochs():
+    plan = published_plan(1280)
+    assert (plan.steps, plan.warmup) == (300, 50) and plan.rate(49) == plan.learning_rate == 0.00125 and plan.optimizer == "sgd"
