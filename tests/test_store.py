@@ -1,0 +1,353 @@
+"""The store: same bytes whatever happens on the way, and a clear word when something is wrong."""
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from patchify.boxes import REGION_KINDS, Regions
+from patchify.store import Store, extract
+
+
+class Colours:
+    "A stand-in for an encoder: a fixed random projection of coarse colours."
+    name, size, dim, fingerprint, dtype, device = "colours", 16, 24, "0123", torch.float32, torch.device("cpu")
+
+    def __init__(self, delay=0.0):
+        self.delay, self.shapes, self.weights = delay, [], torch.randn(48, self.dim, generator=torch.Generator().manual_seed(0))
+
+    def feature_map(self, images):
+        self.shapes.append(tuple(images.shape))
+        time.sleep(self.delay)
+        return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255 - 0.5, 4)
+
+    def __call__(self, images):
+        return torch.nn.functional.normalize(self.feature_map(images).flatten(1) @ self.weights, dim=1)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "23 pictures, of which three cannot be read."
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(23):
+        pixels = rng.integers(0, 256, (rng.integers(8, 40), rng.integers(8, 40), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    (folder / "04.png").write_bytes(b"")
+    (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:60])
+    (folder / "17.png").unlink()
+    return [folder / f"{i:02d}.png" for i in range(23)]
+
+
+PROGRAM = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_store import Colours
+from patchify.boxes import Regions
+from patchify.store import extract
+
+folder = Path({folder!r})
+def run(out):
+    extract([folder / f"{{i:02d}}.png" for i in range(23)], Colours(delay=0.02), Regions(level=2), out, shard_size=4, batch=30)
+"""
+
+KILL_AT_RANDOM = """
+def forked(out, seconds=None):
+    start, child = time.perf_counter(), os.fork()
+    if not child:
+        run(out)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1], *sorted(os.listdir(out) if os.path.exists(out) else []), flush=True)
+    return time.perf_counter() - start
+
+whole, dice = forked({out!r} + "-whole"), random.Random(0)
+for _ in range(10):
+    forked({out!r}, whole * dice.uniform(0.1, 0.5))
+"""
+
+STOP_BY_HAND = """
+print("ready", flush=True)
+try:
+    run({out!r})
+except KeyboardInterrupt as stop:
+    sys.exit(str(stop))
+"""
+
+
+def start(program, photos, out):
+    "A process of its own, ready to extract."
+    program = (PROGRAM + program).format(tests=str(Path(__file__).parent), folder=str(photos[0].parent), out=str(out))
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_at_random_moments_and_run_again_ends_byte_identical(photos, tmp_path):
+    said, errors = start(KILL_AT_RANDOM, photos, tmp_path / "killed").communicate()
+    first, *runs = [line.split() for line in said.splitlines()]
+    assert first[0] == "0" and len(runs) == 10, errors
+    assert sum(status == str(int(signal.SIGKILL)) for status, *_ in runs) >= 2
+    assert len({tuple(name for name in names if not name.endswith(".tmp")) for _, *names in runs}) >= 2
+    resumed = extract(photos, Colours(), Regions(level=2), tmp_path / "killed", shard_size=4, batch=30)
+    assert contents(resumed.path) == contents(tmp_path / "killed-whole")
+
+
+@pytest.mark.parametrize("keep", [[], ["patches-00002.parquet"], [".descriptors-00002.npy.1.tmp"], ["patches-00002.parquet", ".descriptors-00002.npy.1.tmp"]])
+def test_every_state_a_kill_can_leave_is_healed(photos, tmp_path, keep):
+    settings = dict(encoder=Colours(), regions=Regions(level=1), shard_size=5, batch=10)
+    whole = extract(photos, out=tmp_path / "whole", **settings)
+    expected, broken = contents(whole.path), tmp_path / "broken"
+    broken.mkdir()
+    for name in ("descriptors-00000.npy", "patches-00000.parquet", "descriptors-00001.npy", "patches-00001.parquet"):
+        (broken / name).write_bytes(expected[name])
+    early = {key: value for key, value in whole.manifest.items() if key not in ("shards", "extracted", "failed")} | {"complete": False}
+    (broken / "manifest.json").write_text(json.dumps(early))
+    for name in keep:
+        (broken / name).write_bytes(b"half a fi")
+    with pytest.raises(ValueError, match="unfinished"):
+        Store.open(broken)
+    encoder = Colours()
+    extract(photos, out=broken, **settings | {"encoder": encoder})
+    assert contents(broken) == expected
+    assert len(encoder.shapes) == 3 + 3 + 2  # shards 2 to 4 only: groups of two images
+
+
+def test_ctrl_c_says_how_to_go_on(photos, tmp_path):
+    process = start(STOP_BY_HAND, photos, tmp_path / "stopped")
+    process.stdout.readline()
+    while not (tmp_path / "stopped" / "descriptors-00001.npy").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said
+    assert "of 6 shards in" in said and "goes on from there" in said
+    settings = dict(regions=Regions(level=2), shard_size=4, batch=30)
+    whole = extract(photos, Colours(), out=tmp_path / "whole", **settings)
+    assert contents(extract(photos, Colours(), out=tmp_path / "stopped", **settings).path) == contents(whole.path)
+
+
+def test_a_second_call_only_opens(photos, tmp_path):
+    first = extract(photos, Colours(), Regions(level=1), tmp_path / "{key}")
+    before, encoder = {p.name: p.stat().st_mtime_ns for p in first.path.iterdir()}, Colours()
+    second = extract(photos, encoder, Regions(level=1), tmp_path / "{key}")
+    assert second.path == first.path and not encoder.shapes
+    assert before == {p.name: p.stat().st_mtime_ns for p in second.path.iterdir()}
+
+
+def changed(**attributes):
+    encoder = Colours()
+    for name, value in attributes.items():
+        setattr(encoder, name, value)
+    return encoder
+
+
+@pytest.mark.parametrize("field, change", [
+    ("encoder", dict(encoder=changed(name="other"))), ("weights", dict(encoder=changed(fingerprint="9"))), ("size", dict(encoder=changed(size=32))),
+    ("compute", dict(encoder=changed(dtype=torch.bfloat16))), ("regions", dict(regions=Regions(level=2))), ("regions", dict(regions=Regions("pool", level=1))),
+    ("regions", dict(regions=Regions(level=1, seed=3))), ("dtype", dict(dtype="float32")), ("shard_size", dict(shard_size=3)), ("batch", dict(batch=5)),
+])
+def test_another_setting_is_refused_by_name_and_has_another_key(photos, tmp_path, field, change):
+    settings = dict(encoder=Colours(), regions=Regions(level=1), shard_size=8, batch=20)
+    store = extract(photos, out=tmp_path / "store", **settings)
+    expected = contents(store.path)
+    with pytest.raises(ValueError, match=f"was extracted with {field} "):
+        extract(photos, out=tmp_path / "store", **settings | change)
+    assert contents(store.path) == expected
+    keyed = extract(photos, out=tmp_path / "{key}", **settings).path
+    assert extract(photos, out=tmp_path / "{key}", **settings | change).path != keyed
+
+
+def test_another_list_of_images_is_refused(photos, tmp_path):
+    extract(photos, Colours(), Regions(level=0), tmp_path / "store")
+    with pytest.raises(ValueError, match="images 23, now it is 22"):
+        extract(photos[1:], Colours(), Regions(level=0), tmp_path / "store")
+    with pytest.raises(ValueError, match="list"):
+        extract(photos[::-1], Colours(), Regions(level=0), tmp_path / "store")
+    Image.new("RGB", (9, 9)).save(photos[0])
+    with pytest.raises(ValueError, match="list"):
+        extract(photos, Colours(), Regions(level=0), tmp_path / "store")
+
+
+def test_bad_images_are_left_out_counted_and_listed(photos, tmp_path, capsys):
+    store = extract(photos, Colours(), Regions(level=1), tmp_path / "store", shard_size=4)
+    assert len(store) == 20 and store.manifest["failed"] == 3 and store.manifest["extracted"] == 20
+    assert store.failures["path"].tolist() == [str(photos[i]) for i in (4, 5, 17)]
+    assert store.failures["reason"].notna().all()
+    assert set(range(23)) - set(store.rows.tolist()) == {4, 5, 17}
+    assert store.image_ids == [str(photos[i]) for i in store.rows]
+    assert "3 of 23 images could not be read" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="row 4 "):
+        store.boxes(4)
+    assert (store.boxes(18) == Regions(level=1).boxes(*Image.open(photos[18]).size)).all()
+
+
+def test_a_whole_shard_of_bad_images(photos, tmp_path):
+    store = extract(photos[4:6] + photos[:2], Colours(), Regions(level=1), tmp_path / "store", shard_size=2)
+    assert store.counts == (0, 2) and store.rows.tolist() == [2, 3] and len(store.descriptors()) == 1
+    assert store.boxes(3).shape == (5, 4)
+
+
+def test_only_bad_images(photos, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="none of the 2 images could be read"):
+            extract(photos[4:6], Colours(), Regions(level=1), tmp_path / "store")
+    with pytest.raises(ValueError, match="empty"):
+        extract([], Colours(), Regions(level=1), tmp_path / "store")
+
+
+@pytest.mark.parametrize("regions", [Regions(kind, 1) for kind in REGION_KINDS])
+def test_neighbours_and_threads_do_not_matter(photos, tmp_path, regions):
+    settings = dict(encoder=Colours(), regions=regions, dtype="float32", shard_size=6, batch=13)
+    first = np.concatenate(extract(photos, out=tmp_path / "a", **settings).descriptors())
+    for other in photos[8:12]:
+        Image.new("RGB", (30, 30), "red").save(other)
+    photos[6].write_bytes(b"")
+    after = extract(photos, out=tmp_path / "b", **settings, workers=5)
+    rows = np.delete(np.arange(23), [4, 5, 17])
+    kept = [i for i, row in enumerate(rows) if row not in (6, 8, 9, 10, 11)]
+    unchanged = np.isin(after.rows, rows[kept])
+    assert (np.concatenate(after.descriptors())[unchanged] == first[kept]).all()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 10, 64])
+def test_every_forward_pass_has_the_same_shapes(photos, tmp_path, batch):
+    encoder = Colours()
+    extract(photos, encoder, Regions(level=1), tmp_path / "store", shard_size=8, batch=batch)
+    per_group = [5] if batch == 7 else [10] if batch == 10 else [60] if batch == 64 else [1]
+    assert {shape[0] for shape in encoder.shapes} == set(per_group)
+
+
+def test_descriptors_are_those_of_the_crops(photos, tmp_path):
+    encoder, regions = Colours(), Regions(level=2)
+    store = extract(photos, encoder, regions, tmp_path / "store", dtype="float32", shard_size=6)
+    found = np.concatenate(store.descriptors())
+    for at in (0, 9, 19):
+        image, row = Image.open(photos[store.rows[at]]), store.rows[at]
+        crops = [np.asarray(image.crop(tuple(box)).resize((16, 16), Image.Resampling.BICUBIC)) for box in store.boxes(row)]
+        expected = encoder(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)).numpy()
+        assert ((found[at] * expected).sum(1) > 0.999).all()  # pure noise: PIL may clip in another order
+    for level, patches in [(0, 1), (1, 5), (2, 14), (None, 14)]:
+        nested = store.descriptors(level)
+        assert all(isinstance(block, np.memmap) for block in nested)
+        assert (np.concatenate(nested) == found[:, :patches]).all()
+
+
+def test_queries_are_cropped_to_their_box(photos, tmp_path):
+    encoder, image = Colours(), Image.open(photos[0])
+    w, h = image.size
+    table = pd.DataFrame({"id": list("abcd"), "path": ["00.png"] * 4, "box": [None, np.float32([1.4, 2, w - 2, h + 3]), np.float32([w + 5, 0, w + 9, 4]), None]})
+    store = extract(table, encoder, Regions(level=0), tmp_path / "store", root=photos[0].parent, dtype="float32")
+    assert store.boxes(1).tolist() == [[1, 2, w - 2, h]] and store.rows.tolist() == [0, 1, 3]
+    assert "outside its image" in store.failures["reason"][0]
+    crop = np.array(image.crop((1, 2, w - 2, h)).resize((16, 16), Image.Resampling.BICUBIC))
+    expected = encoder(torch.from_numpy(crop).permute(2, 0, 1)[None])[0].numpy()
+    assert store.descriptors()[0][1, 0] @ expected > 0.9999
+    regions = extract(table, encoder, Regions(level=1), tmp_path / "regions", root=photos[0].parent)
+    assert (regions.boxes(1)[0] == [1, 2, w - 2, h]).all() and (regions.boxes(1)[:, :2] >= [1, 2]).all()
+
+
+def test_pool_averages_the_feature_map(photos, tmp_path):
+    encoder = Colours()
+    store = extract(photos[:3], encoder, Regions("pool", level=1), tmp_path / "store", dtype="float32")
+    image = Image.open(photos[1]).resize((16, 16), Image.Resampling.BICUBIC)
+    features = encoder.feature_map(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
+    expected = torch.nn.functional.normalize(features.mean((2, 3)), dim=1)[0].numpy()
+    assert store.descriptors()[0].shape == (3, 5, 3) and store.descriptors()[0][1, 0] @ expected > 0.9999
+
+
+def test_images_inside_tar_files(photos, tmp_path):
+    with tarfile.open(tmp_path / "part.tar", "w") as tar:
+        for path in photos[:3]:
+            tar.add(path, path.name)
+        junk = tarfile.TarInfo("junk.png")
+        junk.size = 40
+        tar.addfile(junk, io.BytesIO(bytes(40)))
+    members = [f"part.tar::{path.name}" for path in photos[:3]] + ["part.tar::junk.png"]
+    stores = [extract(members, Colours(), Regions(level=1), tmp_path / name, root=tmp_path) for name in ("a", "b")]
+    assert contents(stores[0].path) == contents(stores[1].path) and len(stores[0]) == 3
+    plain = extract(photos[:3], Colours(), Regions(level=1), tmp_path / "plain")
+    assert (stores[0].descriptors()[0] == plain.descriptors()[0]).all()
+
+
+def test_other_formats_and_damage_are_named(photos, tmp_path):
+    settings = dict(encoder=Colours(), regions=Regions(level=1), shard_size=8)
+    store = extract(photos, out=tmp_path / "store", **settings)
+    expected = contents(store.path)
+    for name, damage in [("descriptors-00001.npy", 700), ("descriptors-00001.npy", 5), ("descriptors-00000.npy", 0), ("patches-00002.parquet", 90)]:
+        (store.path / name).write_bytes(expected[name][:damage])
+        with pytest.raises(ValueError, match="damaged"):
+            Store.open(store.path)
+        assert contents(extract(photos, out=store.path, **settings).path) == expected
+    (store.path / "descriptors-00002.npy").unlink()
+    with pytest.raises(ValueError, match="descriptors-00002.npy is missing"):
+        Store.open(store.path)
+    (store.path / "manifest.json").write_text(json.dumps(store.manifest | {"format": 99}))
+    for action in (lambda: Store.open(store.path), lambda: extract(photos, out=store.path, **settings)):
+        with pytest.raises(ValueError, match="format 99"):
+            action()
+    (store.path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="manifest.json is not"):
+        Store.open(store.path)
+    with pytest.raises(ValueError, match="no store in"):
+        Store.open(tmp_path / "nowhere")
+
+
+def test_a_folder_with_other_things_is_left_alone(photos, tmp_path):
+    with pytest.raises(ValueError, match="holds no store"):
+        extract(photos, Colours(), Regions(level=0), photos[0].parent)
+    assert not (photos[0].parent / "manifest.json").exists()
+
+
+def test_levels_that_are_not_there(photos, tmp_path):
+    pyramid = extract(photos[:2], Colours(), Regions(level=1), tmp_path / "a")
+    grid = extract(photos[:2], Colours(), Regions("grid", level=1), tmp_path / "b")
+    for store, level, message in [(pyramid, 2, "levels 0 to 1"), (pyramid, -1, "levels 0 to 1"), (grid, 0, "no levels")]:
+        with pytest.raises(ValueError, match=message):
+            store.descriptors(level)
+
+
+def test_memory_is_bounded_and_threads_end(photos, tmp_path, monkeypatch):
+    import patchify.store as module
+    inside, most = [], []
+    original = module._cut_image
+    monkeypatch.setattr(module, "_cut_image", lambda *args: (inside.append(1), most.append(len(inside)), original(*args))[2])
+    encode = Colours.__call__
+    monkeypatch.setattr(Colours, "__call__", lambda self, images: (time.sleep(0.05), inside.clear(), encode(self, images))[2])
+    before = threading.active_count()
+    extract(photos, Colours(), Regions(level=1), tmp_path / "store", batch=5, workers=2)
+    assert max(most) <= 2 * (2 + 1) + 2 and threading.active_count() == before
+
+
+def test_an_error_of_the_encoder_is_not_hidden(photos, tmp_path):
+    class Broken(Colours):
+        def __call__(self, images):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        extract(photos, Broken(), Regions(level=0), tmp_path / "store")
+
+
+def test_the_manifest_says_what_is_inside(photos, tmp_path):
+    store = extract(photos, Colours(), Regions(level=1), tmp_path / "store")
+    expected = {"format": 1, "encoder": "colours", "weights": "0123", "size": 16, "compute": "float32 on cpu", "patches": 5, "dtype": "float16",
+                "images": 23, "extracted": 20, "failed": 3, "shards": 1, "complete": True}
+    assert expected.items() <= store.manifest.items()
+    assert store.regions == Regions(level=1)
+    assert os.path.getsize(store.path / "descriptors-00000.npy") == 128 + 20 * 5 * 24 * 2
