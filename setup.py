@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[f"{cfg['lib_name']}*"]),
-    package_data={cfg["lib_name"]: ["weights/*"]},
+    package_data={cfg["lib_name"]: ["weights/*", "published.csv"]},
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements"), "cluster": lines("cluster_requirements")},
     entry_points={"console_scripts": lines("console_scripts")},

@@ -1,1 +1,23 @@
+"""Find the same object in other images, patch by patch."""
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+# Names load their module when they are first used, so that `import patchify` takes no time.
+_HOMES = {
+    "Regions": "boxes", "RetrievalSet": "benchmark", "open_image": "benchmark", "load": "mini", "make_mini": "mini",
+    "Encoder": "encoder", "load_encoder": "encoder", "Store": "store", "extract": "store",
+    "SearchResult": "search", "ExactIndex": "search", "describe": "evaluate", "rank": "evaluate",
+    "summarize": "metrics", "paired_bootstrap": "metrics",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'patchify' has no attribute {name!r}")
+    return getattr(import_module(f"patchify.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES])

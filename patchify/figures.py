@@ -55,7 +55,7 @@ class Shown:
     image: Image.Image  # the gallery image
     patch: np.ndarray | None  # (4,) xyxy of the winning patch, pixels of the image
     truth: np.ndarray  # (n, 4) true boxes, none for a wrong image
-    right: bool  # whether the image shows the query's instance
+    right: bool | None  # whether the image shows the query's instance; None: not known
     caption: str  # such as "1 · 0.83"
 
 
@@ -99,8 +99,9 @@ def retrieval_strip(
         draw_boxes(ax, truth, TRUTH, 1.4, dashed=True)
         if patch is not None:
             draw_boxes(ax, patch, PATCH)
-        ax.set_title(f"{'✓' if shown.right else '✗'} {shown.caption}", fontsize=8, color=RIGHT if shown.right else WRONG, fontweight="bold")
-        ax.spines[:].set(visible=True, color=RIGHT if shown.right else WRONG, linewidth=2.5)
+        sign, color = {True: ("✓ ", RIGHT), False: ("✗ ", WRONG), None: ("", "#59636e")}[shown.right]
+        ax.set_title(sign + shown.caption, fontsize=8, color=color, fontweight="bold")
+        ax.spines[:].set(visible=True, color=color, linewidth=2.5)
     for ax in axes:
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
