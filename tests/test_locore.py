@@ -1,0 +1,190 @@
+"""LOCORE beyond its goldens: dense attention, lists, windows, faults."""
+import builtins
+
+import numpy as np
+import pytest
+import torch
+
+from patchify.locore import GLOBAL, LOCORE, LocoreScorer, aggregate, allowed_pairs, draw_lists, join, load_locore, locore_loss, rerank_windows, token_positions, token_roles, window_starts
+from patchify.rerank import Descriptors, rerank
+from patchify.search import SearchResult
+from patchify.train import Plan, train
+
+torch.set_num_threads(1)                    # these networks are too small to share out
+
+TINY = dict(local_dim=6, n_scales=4, dim=8, layers=2, heads=2, window=8, hidden=16, max_positions=130)
+
+
+@pytest.fixture(autouse=True)
+def needs_transformers(request):
+    if "windows" not in request.node.name:
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+
+
+def sets(n, count, dim=6, seed=0, summary=0):
+    draw = np.random.default_rng(seed)
+    return Descriptors(draw.normal(size=(n, count, dim)).astype(np.float32), np.arange(count) < draw.integers(1, count + 1, (n, 1)), draw.integers(0, 4, (n, count)),
+                       draw.normal(size=(n, summary)).astype(np.float32) if summary else None)
+
+
+def by_definition(layer, x, roles, window):
+    "Longformer attention, row by row and head by head."
+    out = torch.zeros_like(x)
+    allowed, size = allowed_pairs(roles, window), layer.head_dim
+    for row in range(len(x)):
+        names = ("query_global", "key_global", "value_global") if roles[row] == GLOBAL else ("query", "key", "value")
+        q, k, v = (getattr(layer, name)(x) for name in names)
+        columns = allowed[row].nonzero().flatten()
+        for head in range(layer.num_heads):
+            part = slice(head * size, (head + 1) * size)
+            if len(columns):
+                weights = (k[columns][:, part] @ q[row, part] / size**0.5).softmax(0)
+                out[row, part] = weights @ v[columns][:, part]
+    return out
+
+
+@pytest.mark.parametrize("length, window, seed", [(8, 8, 0), (24, 8, 1), (24, 4, 2), (32, 16, 3), (48, 6, 4)])
+def test_attention_equals_the_slow_dense_version(length, window, seed):
+    draw = torch.Generator().manual_seed(seed)
+    layer = LOCORE(**TINY | {"window": window}).eval().language_model.longformer.encoder.layer[0].attention.self
+    for linear in (layer.query, layer.key, layer.value, layer.query_global, layer.key_global, layer.value_global):
+        torch.nn.init.normal_(linear.bias, generator=draw)
+    x, roles = torch.randn(length, 8, generator=draw), torch.multinomial(torch.tensor([0.3, 0.5, 0.2]), length, True, generator=draw)
+    roles[0] = GLOBAL
+    mask = (roles[None] - 1.0) * 1e4
+    with torch.no_grad():
+        fast = layer(x[None], attention_mask=mask, is_index_masked=mask < 0, is_index_global_attn=mask > 0, is_global_attn=True)[0][0]
+        torch.testing.assert_close(fast, by_definition(layer, x, roles, window), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "segment", "no"])
+def test_window_padding_never_reaches_an_image(positions):
+    model = LOCORE(**TINY, positions=positions).eval()
+    part = sets(5, 3).take(np.arange(5))
+    with torch.no_grad():
+        before = model([part])
+        model.language_model.longformer.pad_embedding.fill_(50)
+        torch.testing.assert_close(model([part]), before)
+
+
+def test_a_window_over_everything_without_positions_reads_a_set():
+    model = LOCORE(**TINY | {"window": 128}, positions="no").eval()                # one window over everything: a set, not a list
+    scorer, ids = LocoreScorer(model, sets(2, 4, seed=1), sets(9, 4, seed=2), "max-sum"), np.arange(9)
+    np.testing.assert_allclose(scorer(0, ids)[::-1], scorer(0, ids[::-1]), atol=1e-5)
+
+
+def test_roles_and_positions():
+    valid = torch.tensor([[[1, 0, 1], [1, 1, 1]]], dtype=torch.bool)
+    assert token_roles(valid).tolist() == [[[2, 0, 2], [1, 1, 2]]] and token_roles(valid, False).tolist() == [[[1, 0, 2], [1, 1, 2]]]
+    assert token_positions(2, 3, 2).tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(ValueError, match="positions"):
+        token_positions(2, 3, 2, "random")
+
+
+def test_a_shorter_query_is_padded():
+    query, gallery = sets(1, 1).take([0]), sets(4, 5).take(np.arange(4))
+    both = join(query, gallery)
+    assert both.values.shape == (5, 5, 6) and both.valid[0].tolist() == [True] + [False] * 4 and torch.equal(both.values[1:], gallery.values)
+    with pytest.raises(ValueError, match="summary"):
+        join(query, sets(4, 5, summary=3).take(np.arange(4)))
+
+
+def test_the_model_reads_global_descriptors():
+    model = LOCORE(**TINY, global_dim=5).eval()
+    queries, gallery = sets(2, 3, seed=1, summary=5), sets(8, 3, seed=2, summary=5)
+    scores = LocoreScorer(model, queries, gallery)(1, np.arange(8))
+    other = Descriptors(gallery.values, gallery.valid, gallery.scales, -gallery.summary)
+    assert np.abs(scores - LocoreScorer(model, queries, other)(1, np.arange(8))).max() > 1e-4
+
+
+def test_faults_are_named():
+    model = LOCORE(**TINY).eval()
+    with pytest.raises(ValueError, match="dimension 6, got 7"):
+        model([sets(3, 2, dim=7).take(np.arange(3))])
+    with pytest.raises(ValueError, match="positions"):
+        model([sets(60, 4).take(np.arange(60))])
+    with pytest.raises(ValueError, match="mode"):
+        aggregate(torch.zeros(1, 2, 3, 2), "mean")
+    with pytest.raises(ValueError, match="not a LOCORE checkpoint"):
+        load_locore({"weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="a list needs 9"):
+        draw_lists(sets(5, 2), np.zeros(5), np.tile(np.arange(5), (5, 1)), np.random.default_rng(0), length=9)
+
+
+def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("transformers"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"patchify\[locore\]"):
+        LOCORE(**TINY)
+
+
+def test_lists_leave_the_query_out_and_are_shuffled():
+    values = np.arange(12, dtype=np.float32)[:, None, None] * np.ones((1, 2, 6), np.float32)     # the value is the image's number
+    ranks, instance = np.tile(np.arange(12), (12, 1)), np.repeat(np.arange(4), 3)
+    lists, positive = draw_lists(Descriptors(values), instance, ranks, np.random.default_rng(0), batch=5, length=8)
+    again, _ = draw_lists(Descriptors(values), instance, ranks, np.random.default_rng(0), batch=5, length=8)
+    for images, same, label in zip(lists, again, positive):
+        numbers = images.values[:, 0, 0].numpy().astype(int)
+        assert torch.equal(images.values, same.values) and numbers[0] not in numbers[1:] and len(set(numbers)) == 9
+        assert (label.numpy() == (instance[numbers[1:]] == instance[numbers[0]])).all()
+    assert any((np.diff(images.values[1:, 0, 0]) < 0).any() for images in lists)
+
+
+def test_training_lowers_the_loss_and_reaches_every_parameter_that_counts():
+    model = LOCORE(**TINY, dropout=0.0).train()
+    lists, positive = draw_lists(sets(20, 3), np.repeat(np.arange(5), 4), np.tile(np.arange(20), (20, 1)), np.random.default_rng(0), batch=2, length=6)
+    locore_loss(model(lists), positive).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all("pad_embedding" in name or "key.bias" in name or "key_global.bias" in name for name in silent), silent
+    losses = train(model, lambda *_: locore_loss(model(lists), positive), Plan(steps=30, learning_rate=1e-2))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def visits(starts, window, length):
+    seen = np.zeros(length, int)
+    for start in starts:
+        seen[start:start + window] += 1
+    return seen
+
+
+@pytest.mark.parametrize("length, window, stride", [(400, 100, 50), (24, 8, 4), (23, 8, 4), (9, 8, 4), (100, 100, 50), (7, 8, 4), (30, 12, 5)])
+@pytest.mark.parametrize("direction", ["start-to-end", "end-to-start", "start-to-end-to-start", "end-to-start-to-end"])
+def test_windows_visit_everything_when_they_overlap_by_half(length, window, stride, direction):
+    starts = window_starts(length, window, stride, direction)
+    assert min(starts) == 0 and max(starts) <= max(0, length - window)
+    if window <= 2 * stride or "end-to-start" in direction or "start-to-end-to" in direction:
+        assert visits(starts, window, length).min() >= 1
+
+
+def test_windows_with_a_gap_or_an_unknown_direction_are_refused():
+    for stride in (0, 9):
+        with pytest.raises(ValueError, match="stride"):
+            window_starts(24, 8, stride)
+    with pytest.raises(ValueError, match="direction"):
+        window_starts(24, 8, 4, "sideways")
+
+
+def test_windows_carry_a_good_image_from_the_end_to_the_start():
+    n, truth = 40, 33
+    before = SearchResult(np.linspace(1, 0, n, dtype=np.float32)[None], np.arange(n)[None], np.arange(n)[None] % 30)
+    scorer = lambda query, ids: np.where(ids == truth, 9.0, 0.0)
+    up = rerank_windows(before, scorer, n, 10, 5, "end-to-start", global_weight=0.1, gain=1.0)
+    down = rerank_windows(before, scorer, n, 10, 5, "start-to-end", global_weight=0.1, gain=1.0)
+    assert up.ranks[0, 0] == truth and list(down.ranks[0]).index(truth) == 25
+    assert np.array_equal(up.patch_ids, up.ranks % 30) and (np.diff(up.scores) <= 0).all()
+
+
+def test_windows_as_long_as_the_list_are_plain_reranking():
+    draw = np.random.default_rng(0)
+    before = SearchResult(-np.sort(-draw.random((3, 12), np.float32)), np.stack([draw.permutation(12) for _ in range(3)]), np.zeros((3, 12), int))
+    table = draw.normal(size=(3, 12))
+    scorer = lambda q, ids: table[q, ids]
+    assert np.array_equal(rerank_windows(before, scorer, 8, 8, 4, gain=1.0).ranks, rerank(before, scorer, 8).ranks)
+    with pytest.raises(ValueError, match="top_k"):
+        rerank_windows(before, scorer, 13)
