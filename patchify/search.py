@@ -38,13 +38,16 @@ class SearchResult:
 def patch_scores(
     block: torch.Tensor,  # (b, P, D) float32 descriptors of b images
     queries: torch.Tensor,  # (Q, D) float32, on the same device
+    images: int = 0,  # compute as if the block held at least so many images, so that short blocks are treated like full ones
 ) -> torch.Tensor:  # (Q, b, P) float32 inner products
     "Inner products of every query with every patch of a block: (b, P, D), (Q, D) -> (Q, b, P)."
     b, n_patches, dim = block.shape
+    if b < images:
+        block = F.pad(block, (0, 0, 0, 0, 0, images - b))
     if block.is_cuda or not torch.backends.mkldnn.is_available():
-        return (queries @ block.reshape(-1, dim).T).view(-1, b, n_patches)
+        return (queries @ block.reshape(-1, dim).T).view(-1, len(block), n_patches)[:, :b]
     picture, filters = block.permute(2, 0, 1)[None], queries[:, :, None, None]
-    return torch.mkldnn_convolution(picture, filters, None, [0, 0], [1, 1], [1, 1], 1)[0]
+    return torch.mkldnn_convolution(picture, filters, None, [0, 0], [1, 1], [1, 1], 1)[0, :, :b]
 
 # %% ../nbs/30_search.ipynb #c016
 def best_patches(
@@ -135,6 +138,8 @@ class ImageIndex(ABC):
 
     def search(self, queries: np.ndarray, k: int | None = None) -> SearchResult:
         "The k best images of each query, None = all of them: (Q, D) -> SearchResult (Q, min(k, n))."
+        if not len(self):
+            raise ValueError("the index holds no image")
         queries = as_queries(queries, self.dim)
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, or None for all images, got {k}")
@@ -183,14 +188,15 @@ class ExactIndex(ImageIndex):
 
     def parts(self, queries: torch.Tensor) -> Iterator[Part]:
         "Scores of consecutive blocks, each small enough for the processor's cache."
-        for block in read_blocks(self.blocks, block_images(len(queries), self.n_patches, self.dim, self.device)):
-            yield best_patches(patch_scores(block.to(self.device), queries))
+        images = block_images(len(queries), self.n_patches, self.dim, self.device)
+        for block in read_blocks(self.blocks, images):
+            yield best_patches(patch_scores(block.to(self.device), queries, images))
 
 
 def block_images(n_query: int, n_patches: int, dim: int, device: torch.device) -> int:
     "Images per block so that neither its descriptors nor its scores leave the cache (or crowd a GPU)."
     floats = 2**26 if device.type == "cuda" else 2**21
-    return max(1, min(floats // (n_patches * n_query), 2 * floats // (n_patches * dim)))
+    return max(1, min(floats // (n_patches * n_query), 2 * floats // (n_patches * dim), 1024))
 
 # %% ../nbs/30_search.ipynb #c036
 def merge(

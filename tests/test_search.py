@@ -47,18 +47,20 @@ def test_equals_brute_force_ties_included(n, n_patches, dim, n_query, seed, k):
 
 @settings(max_examples=30, deadline=None)
 @given(**SIZES, cuts=st.lists(st.integers(0, 70), max_size=4), queries_at_once=st.integers(1, 9), images=st.integers(1, 20), pending=st.integers(1, 8))
-def test_blocks_and_batches_change_no_bit(n, n_patches, dim, n_query, seed, cuts, queries_at_once, images, pending):
+def test_shards_change_no_bit_and_batches_only_rounding(n, n_patches, dim, n_query, seed, cuts, queries_at_once, images, pending):
     rng = np.random.default_rng(seed)
     gallery, queries = rng.normal(size=(n, n_patches, dim)).astype(np.float32), rng.normal(size=(n_query, dim)).astype(np.float32)
-    whole = ExactIndex(gallery, device="cpu").search(queries, 10)
+    shards = np.split(gallery, sorted(min(c, n) for c in cuts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "QUERIES", queries_at_once)
         patch.setattr(module, "PENDING", pending)
         patch.setattr(module, "block_images", lambda *_: images)
-        pieces = ExactIndex(np.split(gallery, sorted(min(c, n) for c in cuts)), device="cpu").search(queries, 10)
-    if torch.backends.mkldnn.is_available():
-        assert_same(whole, pieces)
-    np.testing.assert_allclose(whole.scores, pieces.scores, atol=1e-5)
+        whole, pieces = (ExactIndex(blocks, device="cpu").search(queries, 10) for blocks in (gallery, shards))
+        if torch.backends.mkldnn.is_available():
+            assert_same(whole, pieces)
+        patch.setattr(module, "QUERIES", queries_at_once)
+        batched = ExactIndex(shards, device="cpu").search(queries, 10)
+    for other in (pieces, batched, ExactIndex(gallery, device="cpu").search(queries, 10)):
+        np.testing.assert_allclose(whole.scores, other.scores, atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -93,9 +95,12 @@ def test_permuting_patches_permutes_patch_ids():
     np.testing.assert_array_equal(order[after.patch_ids], before.patch_ids)
 
 
-def test_copies_tie_and_come_in_order_across_blocks():
+@pytest.mark.parametrize("dim", [3, 100, 384, 768, 1024])
+@pytest.mark.parametrize("n_query", [1, 11, 150])
+def test_copies_tie_and_come_in_order_across_blocks(dim, n_query, monkeypatch):
+    monkeypatch.setattr(module, "block_images", lambda *_: 97)
     rng = np.random.default_rng(3)
-    gallery, queries = rng.normal(size=(300, 5, 100)).astype(np.float32), rng.normal(size=(11, 100)).astype(np.float32)
+    gallery, queries = rng.normal(size=(300, 5, dim)).astype(np.float32), rng.normal(size=(n_query, dim)).astype(np.float32)
     gallery[[17, 160, 299]] = gallery[4]
     found = ExactIndex([gallery[:9], gallery[9:161], gallery[161:]]).search(queries)
     for row, patches in zip(found.ranks, found.patch_ids):
