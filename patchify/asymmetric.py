@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ADJUST', 'PRESETS', 'Views', 'draw_views', 'render', 'mix_views', 'absolute_loss', 'relational_loss',
            'distillation_loss', 'triplet_loss', 'batch_positives', 'sample_negatives', 'ClassScores', 'rank_images',
-           'evaluate_classes', 'centre_view', 'QueryCost', 'query_cost', 'Preset', 'distillation_step']
+           'evaluate_classes', 'centre_view', 'QueryCost', 'query_cost', 'Preset', 'distillation_step', 'Student']
 
 # %% ../nbs/46_asymmetric.ipynb #c003
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as colour
 
+from .encoder import Encoder
 from .metrics import average_precisions, precision_at, recall_at
 
 # %% ../nbs/46_asymmetric.ipynb #c006
@@ -305,3 +307,28 @@ def distillation_step(
         return distillation_loss(apart(vectors), apart(targets).to(vectors), settings.lam_1, settings.lam_2)
 
     return loss_of
+
+# %% ../nbs/46_asymmetric.ipynb #c047
+class Student(nn.Module):
+    "A trainable float32 copy of an encoder's network: images (B, 3, s, s) in [0, 1] -> unit vectors (B, D)."
+
+    def __init__(
+        self,
+        teacher: Encoder,  # whose space is learned
+    ):
+        super().__init__()
+        self.model = copy.deepcopy(teacher.model).float().eval().requires_grad_(True)
+        self.teacher, self.moments = teacher.name, (teacher.mean, teacher.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self.moments)
+        return F.normalize(self.model((images - mean) / std))
+
+    def as_encoder(
+        self,
+        size: int,  # side of the square input, pixels
+        dtype: torch.dtype | None = None,  # None: the fastest this device has
+    ) -> Encoder:
+        "The student as it is now, frozen, for queries or patches of this size."
+        device = next(self.parameters()).device
+        return Encoder(copy.deepcopy(self.model).cpu(), f"{self.teacher} student", size, *self.moments, device, dtype, f"distilled for {size} px")

@@ -1,6 +1,7 @@
 """Coupled views, distillation terms, triplets, evaluation by class and the training loop around them."""
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -8,8 +9,9 @@ from PIL import Image
 from torch import nn
 
 from patchify.asymmetric import (
-    PRESETS, Preset, Views, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views, evaluate_classes,
-    mix_views, query_cost, relational_loss, render, sample_negatives, triplet_loss)
+    PRESETS, Preset, Student, Views, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views,
+    evaluate_classes, mix_views, query_cost, relational_loss, render, sample_negatives, triplet_loss)
+from patchify.encoder import Encoder
 from patchify.train import Plan, train
 
 
@@ -218,3 +220,16 @@ def test_another_plan_does_not_continue_a_checkpoint(tmp_path):
 def test_presets_are_the_published_ones():
     assert {name: (p.learning_rate, p.lam_1, p.lam_2) for name, p in PRESETS.items()} == {
         "cub": (1.4025e-4, 0.7718, 0.6684), "cars": (1.1692e-4, 0.6371, 0.7731), "sop": (1.7579e-4, 0.7482, 0.6778)}
+
+
+def test_a_student_is_a_trainable_copy_and_leaves_its_teacher_alone():
+    torch.manual_seed(0)
+    teacher = Encoder(timm.create_model("lcnet_035", num_classes=8), "teacher", 48, (0.5,) * 3, (0.25,) * 3, dtype=torch.float32)
+    images, before = torch.rand(2, 3, 48, 48), teacher.fingerprint
+    student, reference = Student(teacher), teacher(images)
+    assert torch.allclose(student(images).detach(), reference, atol=1e-5)
+    step = distillation_step(student, teacher, open_image, 5, settings_of(query_size=32, gallery_size=48))
+    train(student, step, Plan(steps=2, learning_rate=0.01))
+    assert torch.equal(teacher(images), reference) and not torch.allclose(student(images).detach(), reference, atol=1e-4)
+    frozen = student.as_encoder(32, torch.float32)
+    assert frozen.size == 32 and frozen.dim == teacher.dim and frozen.fingerprint != before and not frozen.model.training
