@@ -296,7 +296,7 @@ def paired_bootstrap(
     "Compare two methods query by query: (Q,), (Q,) -> difference with its interval and a p-value-like share."
     if np.shape(a) != np.shape(b):
         raise ValueError(f"a and b must hold the same queries, got shapes {np.shape(a)} and {np.shape(b)}")
-    gains = np.subtract(a, b, dtype=np.float64)
+    gains = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     gains = gains[~np.isnan(gains)]
     if not len(gains):
         raise ValueError("no query has a value in both a and b")
