@@ -1,0 +1,116 @@
+"Reading data sets: the layouts, the odd images, and the faults."
+import io
+import tarfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from patchify.benchmark import load, load_folder, load_ilias, open_image, read_boxes
+
+
+def picture(width=40, height=30, color=(200, 30, 60)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def core(tmp_path):
+    "Two instances with a query and a positive each, in ILIAS layout."
+    for name, number in (("cup", 0), ("box", 1)):
+        for side, letter in (("query", "Q"), ("pos", "P")):
+            folder = tmp_path / f"ilias_core/{name}_{number:03d}/{side}"
+            folder.mkdir(parents=True)
+            (folder / f"{letter}{number:03d}_00.jpg").write_bytes(picture())
+            (folder / f"{letter}{number:03d}_00_bbox.txt").write_text("5 5 20 10\n")
+    (tmp_path / "ilias_core/cup_000/query/T000.txt").write_text("a cup\n")
+    return tmp_path
+
+
+def test_text_queries_and_box_files_are_not_images(core):
+    found = load_ilias(core)
+    assert found.queries.id.tolist() == ["box_001/query/Q001_00.jpg", "cup_000/query/Q000_00.jpg"]
+    assert [p.tolist() for p in found.positives] == [[0], [1]]
+    assert found.gallery.boxes[0].tolist() == [[5, 5, 25, 15]]
+
+
+def test_distractors_come_from_folders_and_from_tar_shards(core):
+    (core / "yfcc100m/part").mkdir(parents=True)
+    (core / "yfcc100m/part/a.jpg").write_bytes(picture(color=(1, 200, 3)))
+    with tarfile.open(core / "yfcc100m/0007.tar", "w") as tar:
+        for name, color in (("x.jpg", (250, 0, 0)), ("x.json", None)):
+            content = picture(color=color) if color else b"{}"
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    found = load_ilias(core)
+    assert found.gallery.id.tolist()[2:] == ["0007.tar/x", "part/a.jpg"] and found.gallery.instance.isna().tolist() == [False, False, True, True]
+    assert np.asarray(open_image(found.file(found.gallery.path[2])))[0, 0, 0] > 240
+    with pytest.raises(ValueError, match="nothere"):
+        open_image(core / "yfcc100m/0007.tar::nothere.jpg")
+
+
+def test_a_query_without_positives_stays_and_has_none(core):
+    (core / "ilias_core/cup_000/pos/P000_00.jpg").unlink()
+    assert [p.tolist() for p in load_ilias(core).positives] == [[0], []]
+
+
+def test_several_boxes_make_one_query_but_stay_apart_in_the_gallery(core):
+    for path in core.rglob("*_bbox.txt"):
+        path.write_text("5 5 10 10\n20 10 10 15\n")
+    found = load_ilias(core)
+    assert found.queries.box[0].tolist() == [5, 5, 30, 25]
+    assert found.gallery.boxes[0].shape == (2, 4)
+
+
+def test_the_taxonomy_is_read(core):
+    (core / "misc").mkdir()
+    (core / "misc/taxonomy.json").write_text('{"product": {"kitchen": {"mug": ["cup_000"]}}}')
+    box, cup = load_ilias(core).queries[["category", "subcategory"]].itertuples(index=False)
+    assert tuple(cup) == ("product", "product-kitchen") and pd.isna(box.category)
+
+
+@pytest.mark.parametrize("text", ["1 2 3", "1 2 3 x", "5 5 0 4", "5 5 -3 4", "nan 1 2 3", "60 60 10 10", "5 5 500 500"])
+def test_a_bad_box_is_named_with_file_and_line(core, text):
+    path = core / "ilias_core/cup_000/pos/P000_00_bbox.txt"
+    path.write_text(f"5 5 10 10\n{text}\n")
+    with pytest.raises(ValueError, match=r"P000_00_bbox\.txt, line 2"):
+        load_ilias(core)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60), st.integers(1, 60))
+def test_boxes_inside_the_image_are_read_as_they_stand(tmp_path_factory, x, y, w, h):
+    path = tmp_path_factory.mktemp("boxes") / "a_bbox.txt"
+    path.write_text(f"{x} {y} {w} {h}")
+    assert read_boxes(path, (120, 120)).tolist() == [[x, y, x + w, y + h]]
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b"", lambda b: b[:100], lambda b: b"not an image", lambda b: b[: len(b) // 2]])
+def test_an_unreadable_image_is_named(tmp_path, spoil):
+    (tmp_path / "bad.jpg").write_bytes(spoil(picture(400, 300)))
+    with pytest.raises(ValueError, match="bad.jpg"):
+        open_image(tmp_path / "bad.jpg")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
+def test_every_mode_opens_as_upright_rgb(tmp_path, mode):
+    grey = Image.linear_gradient("L").resize((40, 30))
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert("L").convert(mode)
+    image.save(tmp_path / "image.tif")
+    opened = np.asarray(open_image(tmp_path / "image.tif")).astype(int)
+    assert opened.shape == (30, 40, 3)
+    if mode not in ("1", "P", "PA"):
+        assert abs(opened[..., 0] - np.asarray(grey).astype(int)).max() <= 3
+
+
+def test_folders_and_names_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        load_folder(tmp_path)
+    with pytest.raises(ValueError, match="no query images"):
+        load(f"ilias:{tmp_path}")
+    with pytest.raises(ValueError, match="ilias:DIR"):
+        load("ilias")

@@ -1,0 +1,109 @@
+"The command as a user types it: figures, files, and one sentence for each mistake."
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import restricted_pickle
+from patchify.benchmark import load_ilias
+from patchify.metrics import ap_ilias
+
+
+@pytest.fixture(scope="module")
+def evaluated(command, data, tmp_path_factory):
+    "One evaluation of the tiny benchmark with both outputs."
+    out = tmp_path_factory.mktemp("out")
+    done = command("evaluate", "--dataset", "tiny", "--level", 2, "--data", data, "--json", out / "found.json", "--export", out / "found.pkl")
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((out / "found.json").read_text()), out / "found.pkl"
+
+
+def test_evaluate_writes_the_figures_it_prints(evaluated):
+    done, found, _ = evaluated
+    assert {"map", "map_ci", "locscore_iou", "locscore_hit", "queries", "gallery", "patches", "bytes_per_image", "seconds", "provenance"} <= found.keys()
+    low, high = found["map_ci"]
+    assert 0 <= low <= found["map"] <= high <= 100 and 0 <= found["locscore_iou"] <= found["locscore_hit"] <= 100
+    assert (found["queries"], found["gallery"], found["patches"]) == (6, 36, 14)
+    assert f"{found['map']:.2f}" in done.stdout
+
+
+def test_the_exported_similarities_give_the_same_map(evaluated, data):
+    _, found, file = evaluated
+    lists, benchmark = restricted_pickle.load(file), load_ilias(data / "tiny")
+    truth = {row.id: row.instance for row in benchmark.gallery.itertuples()}
+    aps = []
+    for query, similarities, ranks in zip(lists["query_ids"], lists["similarities"], lists["ranks"]):
+        instance = query.split("/")[0]
+        relevant = np.array([truth[lists["db_ids"][i]] == instance for i in ranks])
+        aps.append(ap_ilias(similarities, relevant, list(truth.values()).count(instance)))
+    assert 100 * np.mean(aps) == pytest.approx(found["map"], abs=1e-3)
+
+
+def test_evaluating_again_reads_the_store(command, data, evaluated, tmp_path):
+    command("evaluate", "--dataset", "tiny", "--level", 2, "--data", data, "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["seconds"]["extract"] is None and again["map"] == evaluated[1]["map"]
+
+
+def test_a_photograph_finds_itself_in_its_folder(command, data, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(data / "tiny/distractors", folder)
+    (folder / "broken.jpg").write_bytes(b"")
+    done = command("index", folder, "--out", tmp_path / "index", "--level", 1)
+    assert done.returncode == 0 and "1 could not be read" in done.stdout
+    picture = sorted(folder.glob("D*.jpg"))[3]
+    width, height = Image.open(picture).size
+    box = f"{width // 2},0,{width},{height // 2}"
+    done = command("search", tmp_path / "index", picture, "--box", box, "-k", 3, "--json", tmp_path / "hits.json", "--html", tmp_path / "hits.html")
+    assert done.returncode == 0, done.stderr
+    hits = json.loads((tmp_path / "hits.json").read_text())
+    assert len(hits) == 3 and hits[0]["path"] == picture.name and hits[0]["score"] > 0.99
+    assert hits[0]["box"] == pytest.approx([float(v) for v in box.split(",")], abs=1)
+    assert picture.name in (tmp_path / "hits.html").read_text()
+    (tmp_path / "index/manifest.json").write_text((tmp_path / "index/manifest.json").read_text().replace('"weights": "', '"weights": "0'))
+    done = command("search", tmp_path / "index", picture)
+    assert done.returncode == 2 and "another encoder" in done.stderr
+
+
+MISTAKES = {
+    "missing folder": (["evaluate", "--dataset", "ilias:nowhere"], "nowhere"),
+    "unknown data set": (["evaluate", "--dataset", "mnii"], "mini"),
+    "unknown backbone": (["evaluate", "--backbone", "siglp"], "siglip"),
+    "unknown regions": (["evaluate", "--dataset", "tiny", "--regions", "pyramids"], "pyramid"),
+    "negative level": (["evaluate", "--dataset", "tiny", "--level", "-1"], "level"),
+    "no such checkpoint": (["evaluate", "--dataset", "tiny", "--backbone", "resnet10t", "--checkpoint", "none.safetensors"], "none.safetensors"),
+    "export to an unknown format": (["evaluate", "--dataset", "tiny", "--export", "found.csv"], "found.csv"),
+    "no images": (["index", "empty", "--out", "index"], "empty"),
+    "no index": (["search", "empty", "image.jpg"], "empty"),
+    "unknown experiment": (["report", "--dataset", "tiny", "--only", "levles"], "levels"),
+    "unknown option": (["evaluate", "--levle", "3"], "--level"),
+}
+
+
+@pytest.mark.parametrize("words, said", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_one_sentence_and_exit_code_2(command, data, tmp_path, words, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nbs").symlink_to(Path(__file__).parent.parent / "nbs")
+    extra = ["--data", data] if words[0] in ("evaluate", "report") else []
+    done = command(*words, *extra, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_interrupting_says_how_to_go_on_and_loses_nothing(data, tmp_path):
+    words = [Path(sys.executable).with_name("patchify"), "index", data / "tiny", "--out", tmp_path / "index", "--level", "3"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "index/manifest.json").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    if process.returncode:  # it had not finished already
+        assert process.returncode == 130 and "goes on" in said and "Traceback" not in said
+    assert subprocess.run(words, capture_output=True).returncode == 0
