@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'Store', 'extract']
 
-# %% ../nbs/24_store.ipynb #c003
+# %% ../nbs/24_store.ipynb #c004
 import hashlib
 import json
 import os
@@ -32,7 +32,7 @@ from .boxes import Regions
 from .encoder import Encoder
 from .pyramid import cut_patches, pool_regions
 
-# %% ../nbs/24_store.ipynb #c008
+# %% ../nbs/24_store.ipynb #c009
 def _image_table(images: pd.DataFrame | Sequence[str | Path], root: str | Path) -> pd.DataFrame:
     "What to extract, checked: id, path as given, file on disk, box (None: the whole image)."
     if not isinstance(images, pd.DataFrame):
@@ -58,7 +58,7 @@ def _list_hash(table: pd.DataFrame) -> str:
         digest.update(json.dumps([row.id, row.path.partition("::")[2], box, stats[on_disk]]).encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/24_store.ipynb #c011
+# %% ../nbs/24_store.ipynb #c012
 FORMAT = 1  # of the files; a store of another format is refused
 
 
@@ -76,7 +76,7 @@ def _key(settings: dict) -> str:
     "Short hash of settings, for folder names."
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/24_store.ipynb #c014
+# %% ../nbs/24_store.ipynb #c015
 def _write_whole(
     path: Path,  # where the file shall appear
     write: Callable[[BinaryIO], None],  # fills it
@@ -92,7 +92,7 @@ def _write_whole(
     os.fsync(folder)
     os.close(folder)
 
-# %% ../nbs/24_store.ipynb #c017
+# %% ../nbs/24_store.ipynb #c018
 def _shard_files(folder: Path, shard: int) -> tuple[Path, Path]:
     "Paths of a shard: descriptors, patches."
     return folder / f"descriptors-{shard:05d}.npy", folder / f"patches-{shard:05d}.parquet"
@@ -117,7 +117,7 @@ def _write_shard(
     block = np.concatenate(vectors).astype(dtype) if images else np.empty((0, 0), dtype)
     _write_whole(descriptors_path, lambda file: np.save(file, block))
 
-# %% ../nbs/24_store.ipynb #c020
+# %% ../nbs/24_store.ipynb #c021
 def _check_shard(folder: Path, shard: int, patches: int) -> int:
     "Number of images in a shard; raises ValueError naming the file that is missing or damaged."
     descriptors_path, patches_path = _shard_files(folder, shard)
@@ -136,7 +136,7 @@ def _check_shard(folder: Path, shard: int, patches: int) -> int:
         raise ValueError(f"{descriptors_path} is damaged: {size} bytes for {described} patches, its header promises {expected} for {rows}: run the extraction again")
     return rows // patches
 
-# %% ../nbs/24_store.ipynb #c023
+# %% ../nbs/24_store.ipynb #c024
 @dataclass(frozen=True)
 class _Cut:
     "One image ready for the encoder."
@@ -161,7 +161,7 @@ def _cut_image(file: str, box: np.ndarray | None, encoder: Encoder, regions: Reg
     except ValueError as error:
         return re.sub(r" <[^>]*>", "", str(error).removeprefix(f"cannot read image {file}: "))
 
-# %% ../nbs/24_store.ipynb #c026
+# %% ../nbs/24_store.ipynb #c027
 def _describe(
     cuts: list[_Cut | None],  # the images of one group, None for one that failed; at least one did not
     encoder: Encoder,
@@ -194,7 +194,7 @@ def _describe_shard(
         vectors = _describe(readable, encoder, regions, batch) if any(readable) else readable
         yield from zip(range(first, rows.stop), found, vectors)
 
-# %% ../nbs/24_store.ipynb #c029
+# %% ../nbs/24_store.ipynb #c030
 def _ahead(
     pool: Executor,  # does the work
     work: Callable,  # called once per item
@@ -210,7 +210,7 @@ def _ahead(
     while waiting:
         yield waiting.popleft().result()
 
-# %% ../nbs/24_store.ipynb #c032
+# %% ../nbs/24_store.ipynb #c033
 def _read_manifest(folder: Path) -> dict:
     "The manifest of a store of this format."
     try:
@@ -307,7 +307,7 @@ class Store:
         m = self.manifest
         return f"Store({len(self)} images x {m['patches']} patches of {m['encoder']}, {m['dtype']}; {m['failed']} images failed)"
 
-# %% ../nbs/24_store.ipynb #c034
+# %% ../nbs/24_store.ipynb #c035
 def _claim(out: Path, settings: dict) -> bool:
     "Make the folder of a store, or check that it belongs to these settings; whether it is complete."
     out.mkdir(parents=True, exist_ok=True)
@@ -337,7 +337,7 @@ def _is_done(out: Path, shard: int, patches: int) -> bool:
         tqdm.write(f"{error} (done now)", file=sys.stderr)
         return False
 
-# %% ../nbs/24_store.ipynb #c037
+# %% ../nbs/24_store.ipynb #c038
 def _extract_shards(
     out: Path,  # folder of the store
     todo: Sequence[int],  # shards to make
@@ -371,7 +371,7 @@ def _extract_shards(
         pool.shutdown(cancel_futures=True)
         bar.close()
 
-# %% ../nbs/24_store.ipynb #c039
+# %% ../nbs/24_store.ipynb #c040
 def _finish(out: Path, settings: dict, paths: Sequence[str]) -> None:
     "Gather failures, tidy up, and declare the store complete."
     files = sorted(out.glob("patches-*.parquet"))
@@ -395,12 +395,13 @@ def extract(
     shard_size: int = 256,  # images per shard: what is lost at most when the run is killed
     batch: int = 64,  # patches per forward pass
     dtype: str = "float16",  # of the descriptors on disk
-    workers: int = 2,  # threads that decode and cut while the encoder works
+    workers: int | None = None,  # threads that decode and cut while the encoder works; None: 1 beside a CPU, which it slows, one per core beside a GPU
 ) -> Store:
     "Describe every region of every image, on disk. Returns at once what is there already, goes on where a run stopped."
     table = _image_table(images, root)
     settings = _settings(table, encoder, regions, shard_size, batch, dtype)
     out = Path(str(out).replace("{key}", _key(settings)))
+    workers = workers or (1 if torch.device(encoder.device).type == "cpu" else os.cpu_count() or 4)
     complete, shards = _claim(out, settings), range(-(-len(table) // shard_size))
     todo = [k for k in shards if not _is_done(out, k, regions.count)]
     try:
