@@ -6,9 +6,10 @@
 __all__ = ['METRICS', 'FLOATS', 'DECODING', 'LOOKUP', 'MAGIC', 'FLAGS', 'training_patches', 'training_vectors', 'similarity',
            'core_of', 'train_quantiser', 'CompressedIndex', 'append', 'into_memory', 'PQIndex', 'own', 'decoded_parts',
            'recall', 'scan_lists', 'IVFPQIndex', 'row_map', 'probed_lists', 'scanned_parts', 'Memory', 'memory',
-           'write_index', 'open_index', 'drop', 'drop_rows']
+           'write_index', 'open_index', 'kept', 'drop', 'drop_rows']
 
 # %% ../nbs/32_compress.ipynb #c003
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,11 @@ class CompressedIndex(ImageIndex):
         "FAISS's index without the rotation."
         return core_of(self.index)
 
+    @property
+    def bytes_per_image(self) -> float:
+        "Bytes of the index by image, tables included; `memory` has the details."
+        return memory(self).per_image
+
     def train(self, descriptors: np.ndarray | Sequence[np.ndarray], levels: np.ndarray | None = None) -> "CompressedIndex":
         "Learn the centroids from a gallery, (n, P, D) or blocks of it, whose patches have these pyramid levels (P,). The index is empty then."
         blocks = as_blocks(descriptors)
@@ -141,8 +147,8 @@ class CompressedIndex(ImageIndex):
         index, needed = self.new_index(self.dim)
         vectors = training_vectors(blocks, patches, self.points_per_centroid * needed, self.seed)
         if len(vectors) < needed:
-            raise ValueError(f"{needed} centroids need as many training vectors, train_level={self.train_level!r} gives {len(vectors)}: "
-                             "use smaller n_bits or n_lists, or another level")
+            raise ValueError(f"training needs a vector per centroid, and with OPQ one per dimension, so {needed}; train_level={self.train_level!r} "
+                             f"gives {len(vectors)}: use smaller n_bits or n_lists, or another level")
         self.index, self.gallery_ids = train_quantiser(index, vectors, self.n_iter, self.points_per_centroid, self.seed), np.zeros(0, np.int64)
         return self
 
@@ -205,14 +211,14 @@ class PQIndex(CompressedIndex):
     "Product quantisation: `PQIndex(n_subvectors=64).train(gallery, levels).add(gallery).search(queries)`."
 
     def new_index(self, dim: int) -> tuple[faiss.Index, int]:
-        "An empty FAISS index for vectors of this dimension, and how many centroids its largest k-means has to find."
+        "An empty FAISS index for vectors of this dimension, and the least number of vectors that can train it."
         if dim % self.n_subvectors:
             raise ValueError(f"n_subvectors must divide the dimension {dim}, got {self.n_subvectors}")
         core, needed = self.new_core(dim)
         if not self.opq:
             return core, needed
         rotation = faiss.OPQMatrix(dim, self.n_subvectors)
-        return own(faiss.IndexPreTransform(rotation, core), rotation, core), needed
+        return own(faiss.IndexPreTransform(rotation, core), rotation, core), max(needed, dim)  # FAISS overruns its buffers with fewer
 
     def new_core(self, dim: int) -> tuple[faiss.Index, int]:
         "FAISS's flat array of codes."
@@ -448,6 +454,30 @@ def open_index(path: str | Path) -> CompressedIndex:
     return index
 
 # %% ../nbs/32_compress.ipynb #c055
+def kept(
+    index: CompressedIndex,  # settings, not trained yet
+    descriptors: np.ndarray | Sequence[np.ndarray],  # gallery (n, P, D) or blocks of it
+    gallery_ids: np.ndarray | None,  # see `ExactIndex`
+    levels: np.ndarray | None,  # (P,) pyramid level of each patch
+    folder: str | Path,  # where indexes are kept
+    data: str,  # fingerprint of the descriptors
+) -> CompressedIndex:
+    "The index with these settings over these descriptors: opened if it was made before, otherwise trained, filled and saved."
+    blocks = as_blocks(descriptors)
+    ids = as_gallery_ids(gallery_ids, sum(map(len, blocks)))
+    settings = {f.name: getattr(index, f.name) for f in fields(index) if f.name != "n_probe"}
+    facts = [MAGIC.decode(), faiss.__version__, type(index).__name__, settings, data, hashlib.sha256(ids.tobytes()).hexdigest(),
+             blocks[0].shape[1:], None if levels is None else np.asarray(levels).tolist()]
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.index"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        index.train(blocks, levels).add(blocks, ids).save(path)
+    found = open_index(path)
+    if hasattr(index, "n_probe"):
+        found.n_probe = index.n_probe
+    return found
+
+# %% ../nbs/32_compress.ipynb #c058
 def drop(index: CompressedIndex, gallery_ids: np.ndarray) -> None:
     "Remove images and close the gaps in the row numbers."
     unknown = np.setdiff1d(gallery_ids, index.gallery_ids)

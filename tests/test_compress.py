@@ -288,8 +288,9 @@ def test_float16_memory_maps_train_and_add(gallery, queries, tmp_path):
     (lambda g, q: PQIndex(n_bits=17), "n_bits in 1..16"),
     (lambda g, q: PQIndex(n_subvectors=0), "n_subvectors must be positive"),
     (lambda g, q: PQIndex(n_subvectors=7, n_bits=4).train(g), "n_subvectors must divide the dimension 24"),
-    (lambda g, q: PQIndex(6, 10).train(g), "1024 centroids need as many training vectors"),
-    (lambda g, q: PQIndex(6, 8, train_level=0).train(g, LEVELS), "train_level=0 gives 150"),
+    (lambda g, q: PQIndex(6, 10).train(g), "so 1024; train_level=.same. gives 750"),
+    (lambda g, q: PQIndex(6, 8, train_level=0).train(g, LEVELS), "so 256; train_level=0 gives 150"),
+    (lambda g, q: PQIndex(6, 2, opq=True).train(g[:4]), "with OPQ one per dimension, so 24; train_level=.same. gives 20"),
     (lambda g, q: PQIndex(6, 4, train_level=2).train(g, LEVELS), "level up to 1, got 2"),
     (lambda g, q: PQIndex(6, 4, train_level=1.5).train(g, LEVELS), "level up to 1, got 1.5"),
     (lambda g, q: PQIndex(6, 4, train_level="coarse").train(g, LEVELS), "level up to 1"),
@@ -308,7 +309,7 @@ def test_float16_memory_maps_train_and_add(gallery, queries, tmp_path):
     (lambda g, q: IVFPQIndex(6, 4, n_lists=0), "n_lists must be at least 1"),
     (lambda g, q: IVFPQIndex(6, 4, n_lists=4, n_probe=0), "n_probe must lie in 1..4"),
     (lambda g, q: IVFPQIndex(6, 4, n_lists=4, n_probe=5), "n_probe must lie in 1..4"),
-    (lambda g, q: IVFPQIndex(6, 4, n_lists=1000).train(g), "1000 centroids need as many training vectors"),
+    (lambda g, q: IVFPQIndex(6, 4, n_lists=1000).train(g), "so 1000"),
 ])
 def test_bad_input_gets_a_sentence(call, said, gallery, queries):
     with pytest.raises(ValueError, match=said):
