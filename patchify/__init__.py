@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 # Names load their module when they are first used, so that `import patchify` takes no time.
 _HOMES = {
-    "Regions": "boxes", "RetrievalSet": "benchmark", "open_image": "benchmark", "load": "mini", "make_mini": "mini",
+    "Regions": "boxes", "RetrievalSet": "benchmark", "open_image": "benchmark", "load": "evaluate", "make_mini": "mini",
     "Encoder": "encoder", "load_encoder": "encoder", "Store": "store", "extract": "store",
     "SearchResult": "search", "ExactIndex": "search", "describe": "evaluate", "rank": "evaluate",
     "summarize": "metrics", "paired_bootstrap": "metrics",

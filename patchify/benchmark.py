@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def open_image(
         with _bytes_of(path) as file, Image.open(file) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, KeyError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from None
+        reason = re.sub(r" <[^>]*>", "", str(error)) or type(error).__name__  # without addresses of buffers
+        raise ValueError(f"cannot read image {path}: {reason}") from None
 
 # %% ../nbs/10_benchmark.ipynb #c011
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ import typer
 from PIL import Image
 from typer.core import TyperGroup
 
-from .benchmark import load, load_folder, open_image
+from .benchmark import load, load_folder, open_image, suggest
 from .boxes import Regions
+from .compress import CompressedIndex, IVFPQIndex, PQIndex, kept
 from .encoder import load_encoder
 from .evaluate import describe, figures_of, rank
 from .figures import Shown, retrieval_strip
@@ -82,6 +83,12 @@ def evaluate(
     random_weights: RandomWeights = False,
     level: Level = 3,
     regions: Annotated[str, typer.Option(help="pyramid, grid, sliding, random or pool")] = "pyramid",
+    index: Annotated[str, typer.Option(help="exact, pq or ivfpq")] = "exact",
+    m: Annotated[int, typer.Option(help="pq, ivfpq: pieces of a vector")] = 16,
+    nbits: Annotated[int, typer.Option(help="pq, ivfpq: bits per piece")] = 8,
+    nlist: Annotated[int, typer.Option(help="ivfpq: inverted lists")] = 256,
+    nprobe: Annotated[Optional[int], typer.Option(help="ivfpq: lists a query visits; default: all")] = None,
+    train_level: Annotated[int, typer.Option(help="pq, ivfpq: level whose patches train the quantiser; -1: those indexed, -2: all levels together")] = -1,
     device: Device = None,
     data: Data = Path("data"),
     json_file: JsonFile = None,
@@ -91,19 +98,32 @@ def evaluate(
     if export and export.suffix not in (".pkl", ".json"):
         raise ValueError(f"--export {export}: the name must end in .pkl or .json")
     scheme = Regions(regions, level)
-    benchmark = load(dataset, data)
+    settings = _index_settings(index, m, nbits, nlist, nprobe, train_level)
     encoder = load_encoder(backbone, checkpoint, random_weights, device)
+    benchmark = load(dataset, data)
     started = time.perf_counter()
-    run = rank(describe(benchmark, encoder, scheme, data / "stores"))
+    described = describe(benchmark, encoder, scheme, data / "stores")
+    build = ExactIndex if settings is None else lambda blocks, rows: kept(settings, blocks, rows, scheme.levels, data / "indexes", described.gallery.path.name)
+    run = rank(described, index=build)
     report = figures_of(run)
     report["provenance"] = provenance(dataset=dataset, data=benchmark.fingerprint, backbone=backbone, encoder=encoder.fingerprint, weights=encoder.notes,
-                                      regions=regions, level=level, seconds=round(time.perf_counter() - started, 1))
+                                      regions=regions, level=level, index=index, seconds=round(time.perf_counter() - started, 1))
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1))
     if export:
         save_similarities(export, run.described.benchmark.queries["id"], benchmark.gallery["id"], run.result.scores, run.result.ranks)
     print(_summary(run.described.benchmark.name, report))
+
+
+def _index_settings(index: str, m: int, nbits: int, nlist: int, nprobe: int | None, train_level: int) -> CompressedIndex | None:
+    "The compressed index that the options describe, None for exact search."
+    if index not in ("exact", "pq", "ivfpq"):
+        raise ValueError(f"unknown --index {index!r}: {suggest(index, ['exact', 'pq', 'ivfpq'])}")
+    if index == "exact":
+        return None
+    shared = dict(n_subvectors=m, n_bits=nbits, train_level=train_level)
+    return PQIndex(**shared) if index == "pq" else IVFPQIndex(**shared, n_lists=nlist, n_probe=nprobe)
 
 
 def _summary(name: str, figures: dict) -> str:
@@ -235,9 +255,9 @@ def report(
 ):
     "Run the experiments: every table and figure, as pages under reports/."
     Regions("pyramid", level)
-    print(load(dataset, data), file=sys.stderr)
     for name in backbone.split(","):
         print(load_encoder(name, checkpoint, random_weights, device), file=sys.stderr)
+    print(load(dataset, data), file=sys.stderr)
     shared = {"dataset": dataset, "backbone": backbone, "checkpoint": str(checkpoint or ""), "random_weights": random_weights, "level": level,
               "device": device or "", "data": str(data), **dict(map(_parameter, parameter or []))}
     failed = run_reports(_run_name(dataset, backbone, random_weights), shared, only, reports)

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .benchmark import RetrievalSet, open_image
+from . import classes, mini, revisited  # noqa: F401  they add their data sets to those that `load` knows
+from .benchmark import RetrievalSet, load, open_image  # noqa: F401
 from .boxes import Regions, iou
 from .encoder import Encoder
 from .figures import Shown
@@ -127,17 +128,24 @@ def rank(
     return Retrieval(described, result, patch_rows, size, seconds)
 
 # %% ../nbs/52_evaluate.ipynb #c018
+def _share(truth: np.ndarray, regions: np.ndarray) -> float:
+    "Largest true box over the rectangle around all regions, NaN without a box."
+    sides = regions[:, 2:].max(0) - regions[:, :2].min(0)
+    return max(((box[2:] - box[:2]).prod() / sides.prod() for box in truth), default=np.nan)
+
+
 def winners(
     run: Retrieval,
 ) -> pd.DataFrame:  # query, image (gallery row), place, level, iou, best_iou, scale
-    "The winning patch on every retrieved positive."
+    "The winning patch on every retrieved positive. `scale` is the share of the image that the largest true box covers."
     b, levels = run.described.benchmark, run.described.regions.levels[run.patch_rows]
     rows = []
     for query, right in enumerate(b.positives):
         for place in np.flatnonzero(np.isin(run.result.ranks[query], right)):
             image, patch = run.result.ranks[query, place], run.result.patch_ids[query, place]
-            overlaps = iou(run.patch_boxes(image), b.gallery["boxes"][image]).max(1, initial=0) if len(b.gallery["boxes"][image]) else np.full(run.patches, np.nan)
-            rows.append((query, image, place, levels[patch], overlaps[patch], overlaps.max(), b.gallery["scale"][image]))
+            patches, truth = run.patch_boxes(image), b.gallery["boxes"][image]
+            overlaps = iou(patches, truth).max(1) if len(truth) else np.full(run.patches, np.nan)
+            rows.append((query, image, place, levels[patch], overlaps[patch], overlaps.max(), _share(truth, run.described.gallery_boxes(image))))
     return pd.DataFrame(rows, columns=["query", "image", "place", "level", "iou", "best_iou", "scale"])
 
 

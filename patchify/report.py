@@ -215,6 +215,7 @@ def run_experiment(
             raise ValueError(f"{notebook.stem} has no parameter {name!r}: {suggest(name, list(known))}")
     out.mkdir(parents=True, exist_ok=True)
     raw = out / f".{notebook.stem}.ipynb"
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm in kernels without widgets
     try:
         done = papermill.execute_notebook(str(notebook), str(raw), {**parameters, "out": os.path.relpath(out, cwd)}, cwd=str(cwd),
                                           kernel_name="python3", progress_bar=False, stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])

@@ -13,6 +13,7 @@ from PIL import Image
 
 import restricted_pickle
 from patchify.benchmark import load_ilias
+from patchify.cli import main
 from patchify.metrics import ap_ilias
 
 
@@ -88,13 +89,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words, said", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_gets_one_sentence_and_exit_code_2(command, data, tmp_path, words, said):
+def test_a_mistake_gets_one_sentence_and_exit_code_2(data, tmp_path, monkeypatch, capsys, words, said):
     (tmp_path / "empty").mkdir()
     (tmp_path / "nbs").symlink_to(Path(__file__).parent.parent / "nbs")
-    extra = ["--data", data] if words[0] in ("evaluate", "report") else []
-    done = command(*words, *extra, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, *(["--data", str(data)] if words[0] in ("evaluate", "report") else [])]) == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
 
 
 def test_interrupting_says_how_to_go_on_and_loses_nothing(data, tmp_path):

@@ -59,7 +59,7 @@ def test_a_library_notebook_can_be_read(path):
     cells = code(path)
     text = path.read_text()
     assert path.stat().st_size < 200_000
-    assert not re.search(r"/(home|root|Users|tmp)/\w", text), "a path of one machine"
+    assert not re.search(r"/(home|root|Users|tmp)/\w|site-packages", text), "a path of one machine"
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     if path.stem != "index":
         assert cells[0].source.startswith("#| default_exp ")
