@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASKED', 'LOCAL', 'GLOBAL', 'token_roles', 'allowed_pairs', 'Embeddings', 'token_positions', 'longformer_encoder',
-           'LOCORE', 'load_locore', 'aggregate', 'locore_loss', 'list_recall', 'draw_lists', 'join', 'LocoreScorer',
-           'window_starts', 'slide', 'rerank_windows']
+           'initialise', 'stack_lists', 'LOCORE', 'load_locore', 'start_from_longformer', 'aggregate', 'locore_loss',
+           'list_recall', 'draw_lists', 'join', 'LocoreScorer', 'window_starts', 'slide', 'rerank_windows']
 
 # %% ../nbs/42_locore.ipynb #c003
 import math
@@ -76,9 +76,26 @@ def longformer_encoder(**settings) -> nn.Module:
     except ImportError as error: raise ImportError("LOCORE needs the transformers library: pip install 'patchify[locore]'") from error
     return LongformerEncoder(LongformerConfig(**settings))
 
-# %% ../nbs/42_locore.ipynb #c016
+def initialise(model: nn.Module,  # changed in place
+               dim: int):         # width of the Longformer
+    "Normal weights of BERT's deviation (0.02 at width 768), scaled to the width; biases 0."
+    for module in model.modules():
+        if isinstance(module, nn.Linear): nn.init.normal_(module.weight, std=0.02 * math.sqrt(768 / dim)); nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding): nn.init.normal_(module.weight, std=0.02)
+
+# %% ../nbs/42_locore.ipynb #c017
+def stack_lists(lists: Sequence[Descriptors],  # N lists of I images each, query first, as tensors
+                local_dim: int,                # what the model reads
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # values (N, I, n, C), valid (N, I, n), scales (N, I, n), summary (N, I, 1, S) or None
+    "Several lists as one batch."
+    values, valid, scales = (torch.stack([getattr(part, name) for part in lists]) for name in ("values", "valid", "scales"))
+    if values.shape[-1] != local_dim: raise ValueError(f"the model reads local descriptors of dimension {local_dim}, got {values.shape[-1]}")
+    if lists[0].summary is None: return values, valid, scales, None
+    return values, valid, scales, torch.stack([part.summary for part in lists])[:, :, None]
+
+# %% ../nbs/42_locore.ipynb #c018
 class LOCORE(nn.Module):
-    "List-wise re-ranker: descriptors of a query and its shortlist -> inside / outside logits of every token."
+    "List-wise re-ranker: descriptors of a query and its shortlist -> outside / inside logits of every token."
     def __init__(self, local_dim: int = 768,         # dimension of the local descriptors
                  global_dim: int = 0,                # dimension of the global descriptor; 0: the model has none
                  n_scales: int = 3,                  # scales (or pyramid levels) a local descriptor may come from
@@ -93,7 +110,7 @@ class LOCORE(nn.Module):
                  unit: bool = False,                 # unit length after the projection
                  dropout: float = 0.1):              # inside the Longformer, in training
         super().__init__()
-        self.window, self.positions, self.query_global, self.unit = window, positions, query_global, unit
+        self.local_dim, self.window, self.positions, self.query_global, self.unit = local_dim, window, positions, query_global, unit
         self.language_model = nn.Module()
         longformer = self.language_model.longformer = nn.Module()
         longformer.sep_embedding, longformer.pad_embedding = (nn.Parameter(0.02 * torch.randn(dim)) for _ in range(2))
@@ -105,38 +122,28 @@ class LOCORE(nn.Module):
         self.scale_encoder = nn.Embedding(n_scales, dim)
         self.local_to_lm = nn.Linear(local_dim, dim) if local_dim != dim else nn.Identity()
         self.global_to_lm = nn.Linear(global_dim, dim) if global_dim not in (0, dim) else nn.Identity()
-        self.local_dim, self.global_dim = local_dim, global_dim
-        for module in self.modules():
-            if isinstance(module, nn.Linear): nn.init.normal_(module.weight, std=0.02 * math.sqrt(768 / dim)); nn.init.zeros_(module.bias)   # BERT's 0.02, at any width
-            if isinstance(module, nn.Embedding): nn.init.normal_(module.weight, std=0.02)
+        initialise(self, dim)
 
-    def encode(self, images: Sequence[Descriptors]) -> Tensor:
-        "N lists of I images each, query first, as tensors -> hidden states (N, I, F + 1, D). Summaries decide whether a global token is read."
-        project = lambda x, layer: F.normalize(layer(x), dim=-1) if self.unit else layer(x)
-        values, valid, scales = (torch.stack([getattr(part, name) for part in images]) for name in ("values", "valid", "scales"))
-        if values.shape[-1] != self.local_dim: raise ValueError(f"the model reads local descriptors of dimension {self.local_dim}, got {values.shape[-1]}")
-        tokens = [project(values, self.local_to_lm) + self.scale_encoder(scales)]              # (N, I, n, D)
-        if images[0].summary is not None:
-            summary = torch.stack([part.summary for part in images])[:, :, None]               # (N, I, 1, S)
-            tokens.insert(0, project(summary, self.global_to_lm))
-        longformer = self.language_model.longformer
-        tokens.append(longformer.sep_embedding.expand(*values.shape[:2], 1, -1))
-        x = torch.cat(tokens, 2)                                                               # (N, I, F + 1, D)
-        valid = F.pad(F.pad(valid, (0, 1), value=True), (x.shape[2] - valid.shape[2] - 1, 0), value=True)
-        roles, shape = token_roles(valid, self.query_global).flatten(1), x.shape
-        padding = -roles.shape[1] % self.window
-        x = torch.cat([x.flatten(1, 2), longformer.pad_embedding.expand(len(x), padding, -1)], 1)   # (N, L, D)
-        where = token_positions(shape[1], shape[2], padding, self.positions).to(x.device)
-        mask = F.pad(roles, (0, padding)) - 1.0                                                # the encoder's words: -1 masked, 0 local, 1 global
-        if x.shape[1] + 2 > longformer.embeddings.position_embeddings.num_embeddings and self.positions == "absolute":
-            raise ValueError(f"{shape[1]} images need {x.shape[1] + 2} positions, the model has {longformer.embeddings.position_embeddings.num_embeddings}: shorten the list")
-        hidden = longformer.encoder(longformer.embeddings(x, where), attention_mask=mask.to(x.dtype) * 1e4)[0]
+    def encode(self, lists: Sequence[Descriptors]) -> Tensor:
+        "Hidden states (N, I, F + 1, D). Lists with a `summary` get a global token per image."
+        longformer, project = self.language_model.longformer, lambda x, layer: F.normalize(layer(x), dim=-1) if self.unit else layer(x)
+        values, valid, scales, summary = stack_lists(lists, self.local_dim)
+        parts = [] if summary is None else [project(summary, self.global_to_lm)]                          # (N, I, 1, D)
+        parts += [project(values, self.local_to_lm) + self.scale_encoder(scales)]                         # (N, I, n, D)
+        x = torch.cat([*parts, longformer.sep_embedding.expand(*values.shape[:2], 1, -1)], 2)              # (N, I, F + 1, D)
+        valid, shape = F.pad(valid, (len(parts) - 1, 1), value=True), x.shape                              # (N, I, F + 1)
+        roles, padding = token_roles(valid, self.query_global).flatten(1), -(shape[1] * shape[2]) % self.window
+        x = torch.cat([x.flatten(1, 2), longformer.pad_embedding.expand(len(x), padding, -1)], 1)          # (N, L, D)
+        where, known = token_positions(*shape[1:3], padding, self.positions).to(x.device), longformer.embeddings.position_embeddings.num_embeddings
+        if where.max() >= known: raise ValueError(f"{shape[1]} images need {int(where.max()) + 1} positions, the model has {known}: shorten the list")
+        mask = (F.pad(roles, (0, padding)) - 1) * x.new_tensor(1e4)          # the encoder's words: below 0 masked, 0 local, above 0 global
+        hidden = longformer.encoder(longformer.embeddings(x, where), attention_mask=mask)[0]
         return hidden[:, :x.shape[1] - padding].unflatten(1, shape[1:3])
 
-    def forward(self, images: Sequence[Descriptors]) -> Tensor:   # -> (N, I, F + 1, 2)
-        return self.language_model.classifier(self.encode(images))
+    def forward(self, lists: Sequence[Descriptors]) -> Tensor:   # (N, I, F + 1, 2)
+        return self.language_model.classifier(self.encode(lists))
 
-# %% ../nbs/42_locore.ipynb #c022
+# %% ../nbs/42_locore.ipynb #c024
 def load_locore(weights: str | Path | dict[str, Tensor],  # checkpoint file, or its tensors by name
                 heads: int = 12,                          # attention heads, not visible in the tensors
                 window: int = 512,                        # attention window, not visible either
@@ -155,7 +162,23 @@ def load_locore(weights: str | Path | dict[str, Tensor],  # checkpoint file, or 
                    hidden=weights[prefix + "encoder.layer.0.intermediate.dense.weight"].shape[0], max_positions=positions)
     return load_weights(model, weights).eval()
 
-# %% ../nbs/42_locore.ipynb #c025
+# %% ../nbs/42_locore.ipynb #c027
+@torch.no_grad()
+def start_from_longformer(model: LOCORE,                # as wide and as deep as the language model; changed in place
+                          weights: dict[str, Tensor],   # of a Longformer, by the names of `transformers`, with or without the prefix "longformer."
+                          ) -> LOCORE:                  # the same model; projections, scales and classifier stay as they are
+    "Fill the Longformer part of a LOCORE from a pretrained language model."
+    weights = {name.removeprefix("longformer."): tensor for name, tensor in weights.items()}
+    words, table = weights["embeddings.word_embeddings.weight"], weights["embeddings.position_embeddings.weight"]
+    own = model.language_model.longformer.state_dict()
+    rows = len(own["embeddings.position_embeddings.weight"]) - 2                       # the first two rows are not positions
+    stretched = F.interpolate(table[2:].T[None], size=rows, mode="linear", align_corners=True)[0].T
+    taken = {name: tensor for name, tensor in weights.items() if name in own}
+    taken |= {"sep_embedding": words[2], "pad_embedding": words[1], "embeddings.position_embeddings.weight": torch.cat([table[:2], stretched])}
+    load_weights(model.language_model.longformer, taken)
+    return model
+
+# %% ../nbs/42_locore.ipynb #c030
 def aggregate(logits: Tensor,           # (N, 1 + G, F + 1, 2) token logits
               mode: str = "max-end",    # "max-sum", "max-prod", "max-start" or "max-end"
               softmax: bool = False,    # probabilities of "inside" instead of raw logits
@@ -166,7 +189,7 @@ def aggregate(logits: Tensor,           # (N, 1 + G, F + 1, 2) token logits
     if mode not in modes: raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
     return modes[mode](inside)
 
-# %% ../nbs/42_locore.ipynb #c028
+# %% ../nbs/42_locore.ipynb #c033
 def locore_loss(logits: Tensor,    # (N, 1 + G, F + 1, 2) token logits
                 positive: Tensor,  # (N, G) 0 = another object, anything else = the query's object
                 ) -> Tensor:       # scalar
@@ -182,7 +205,7 @@ def list_recall(scores: Tensor,    # (N, G)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return float((positive.gather(1, best) > 0).any(1).float().mean())
 
-# %% ../nbs/42_locore.ipynb #c030
+# %% ../nbs/42_locore.ipynb #c035
 def draw_lists(gallery: Descriptors,          # training images
                instance: np.ndarray,          # (N,) int, which object each image shows
                ranks: np.ndarray,             # (N, K) first-stage ranking of every training image as a query; itself and -1 are skipped
@@ -201,7 +224,7 @@ def draw_lists(gallery: Descriptors,          # training images
         positive.append(instance[shortlist] == instance[query])
     return lists, torch.as_tensor(np.array(positive), dtype=torch.int64)
 
-# %% ../nbs/42_locore.ipynb #c036
+# %% ../nbs/42_locore.ipynb #c041
 def join(query: Descriptors,     # one image, tensors
          gallery: Descriptors,   # k images, tensors
          ) -> Descriptors:       # 1 + k images of equally many descriptors
@@ -213,7 +236,7 @@ def join(query: Descriptors,     # one image, tensors
     if (query.summary is None) != (gallery.summary is None): raise ValueError("either both sides bring global descriptors (`summary`) or neither")
     return Descriptors(*both, None if query.summary is None else torch.cat([query.summary, gallery.summary]))
 
-# %% ../nbs/42_locore.ipynb #c037
+# %% ../nbs/42_locore.ipynb #c042
 @dataclass(frozen=True)
 class LocoreScorer:
     "A scorer for `rerank`: (query index, (k,) gallery indices in list order) -> (k,) scores."
@@ -228,7 +251,7 @@ class LocoreScorer:
         images = join(self.queries.take([query]), self.gallery.take(ids))
         return aggregate(self.model([images]), self.mode)[0].float().cpu().numpy()
 
-# %% ../nbs/42_locore.ipynb #c040
+# %% ../nbs/42_locore.ipynb #c045
 def window_starts(length: int,                      # images in the shortlist
                   window: int,                      # images per window
                   stride: int,                      # step between windows; half a window visits everything
@@ -243,7 +266,7 @@ def window_starts(length: int,                      # images in the shortlist
     if direction not in orders: raise ValueError(f"direction must be one of {', '.join(orders)}, got {direction!r}")
     return orders[direction]
 
-# %% ../nbs/42_locore.ipynb #c044
+# %% ../nbs/42_locore.ipynb #c049
 def slide(similarity: np.ndarray,       # (K,) first-stage similarity of the shortlist, by original position
           score: Callable[[np.ndarray], np.ndarray],  # (w,) original positions in their current order -> (w,) raw scores
           starts: Sequence[int],        # of the windows
@@ -260,7 +283,7 @@ def slide(similarity: np.ndarray,       # (K,) first-stage similarity of the sho
         order[start:start + window] = fuse(part, raw[None], global_weight, gain).ranks[0]
         yield members, raw, order[start:start + window].copy(), order.copy()
 
-# %% ../nbs/42_locore.ipynb #c045
+# %% ../nbs/42_locore.ipynb #c050
 def rerank_windows(result: SearchResult,                     # first stage
                    scorer: Scorer,                           # list-wise re-ranker
                    top_k: int = 400,                         # length of the shortlist

@@ -188,3 +188,16 @@ def test_windows_as_long_as_the_list_are_plain_reranking():
     assert np.array_equal(rerank_windows(before, scorer, 8, 8, 4, gain=1.0).ranks, rerank(before, scorer, 8).ranks)
     with pytest.raises(ValueError, match="top_k"):
         rerank_windows(before, scorer, 13)
+
+
+def test_a_pretrained_language_model_of_another_size_is_refused():
+    from transformers import LongformerConfig, LongformerModel
+
+    from patchify.locore import start_from_longformer
+    language = LongformerModel(LongformerConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, attention_window=[8], intermediate_size=16, vocab_size=5,
+                                                max_position_embeddings=34, type_vocab_size=1), add_pooling_layer=False)
+    weights = {f"longformer.{name}": tensor for name, tensor in language.state_dict().items()}
+    model = start_from_longformer(LOCORE(**TINY | {"layers": 1}), weights)
+    assert torch.equal(model.language_model.longformer.encoder.layer[0].output.dense.weight, language.encoder.layer[0].output.dense.weight)
+    with pytest.raises(ValueError, match="encoder.layer.1"):
+        start_from_longformer(LOCORE(**TINY), weights)
