@@ -58,7 +58,8 @@ def _make_optimizer(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float], plan: Plan) -> None:
     "Write a checkpoint under a temporary name and rename it."
     tensors = {f"model.{name}": value for name, value in module.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
+    unfinished = len(losses) < plan.steps
+    for index, state in (optimizer.state_dict()["state"] if unfinished else {}).items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
