@@ -102,7 +102,7 @@ def _clutter(rng, designs, light, unit, size) -> list:
     pose = draw_pose(rng, n) | {name: value.expand(n, *value.shape[1:]) for name, value in light.items()}
     sides = np.minimum(unit * np.exp(rng.normal(-.1, .35, n)), .45 * math.sqrt(w * h))
     rows, columns = np.sort(rng.uniform(-.1, 1.05, n)), rng.permuted((np.arange(n) + rng.random(n)) / n)
-    sprites = [_sized(cutout, side ** 2) for cutout, side in zip(_cutouts(designs, pose, 96, 96), sides)]
+    sprites = [_sized(cutout, side ** 2) for cutout, side in zip(_cutouts(designs, pose, 96 if unit > 60 else 64, 96), sides)]
     return [(s, int(c * w - s.width / 2), int(r * h - s.height / 2)) for s, r, c in zip(sprites, rows, columns)]
 
 def _position(rng, sprite, size) -> tuple[int, int]:
@@ -126,7 +126,8 @@ def compose(
     (w, h), canvas = size, surface(rng, size[1], size[0])
     light = {name: value for name, value in draw_pose(rng, 1).items() if name in ("light", "ambient")}
     shadow, pose = rng.uniform(.2, .7), draw_pose(rng, 1) | light
-    sprite = _sized(_cutouts([focal], pose, 320 if area > .1 else 192, 192)[0], area * w * h)
+    detail = min(max(math.ceil(math.sqrt(area * w * h) / 28) * 32, 64), 320)                # rendered a little larger than it will be
+    sprite = _sized(_cutouts([focal], pose, detail, 192)[0], area * w * h)
     sprite = sprite.resize((min(sprite.width, int(.98 * w)), min(sprite.height, int(.98 * h))))
     x, y = _position(rng, sprite, size)
     placed = _clutter(rng, others, light, math.sqrt(sprite.width * sprite.height), size)

@@ -1,0 +1,79 @@
+"""The offline benchmark: same seed, same bytes; exact boxes; ILIAS's layout; nothing shared with training."""
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchify import mini, views
+from patchify.benchmark import load_ilias
+from patchify.design import KINDS, atlas, family
+from patchify.training import Recipe
+
+
+def files(root: Path) -> dict:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return mini.make_mini(tmp_path_factory.mktemp("mini") / "tiny", size="tiny", seed=11)
+
+
+def test_same_seed_same_bytes_in_other_processes(tiny, tmp_path):
+    assert files(mini.make_mini(tmp_path / "again", size="tiny", seed=11, workers=2)) == files(tiny)
+
+
+def test_layout_is_read_by_the_loader(tiny):
+    benchmark = load_ilias(tiny)
+    assert len(benchmark.queries) == 6 and len(benchmark.gallery) == 6 * 4 + 12
+    assert [len(p) for p in benchmark.positives] == [4] * 6
+    positives = benchmark.gallery[benchmark.gallery.instance.notna()]
+    assert positives.scale.between(0, 1).all() and (positives.clutter >= 2).all()
+
+
+def test_boxes_lie_inside_and_measure_the_scale(tiny):
+    for line in (tiny / "image_ids" / "positive_ids.txt").read_text().split():
+        name, scale, count = line.split(",")
+        path = tiny / "ilias_core" / name
+        x, y, w, h = map(int, path.with_name(path.stem + "_bbox.txt").read_text().split())
+        width, height = Image.open(path).size
+        assert 0 <= x < x + w <= width and 0 <= y < y + h <= height
+        assert abs(w * h / (width * height) - float(scale)) < 1e-5 and int(count) >= 2
+
+
+def test_the_mask_is_what_a_pixel_comparison_finds():
+    cast = mini.cast_of(0, 3, 10)
+    make = lambda focal: mini.compose(np.random.default_rng(4), focal, list(cast.clutter[:6]), .15, (256, 192))
+    (canvas, mask), (other, _) = make(cast.instances[0]), make(cast.instances[1])
+    changed = np.abs(canvas - other).max(-1) > 40                # the same scene around a sibling: only the object differs
+    assert (changed & ~mask).sum() < .05 * mask.sum() and changed.sum() > .05 * mask.sum()
+
+
+def test_training_never_sees_a_benchmark_object():
+    recipe = Recipe()
+    assert recipe.objects <= mini.BENCHMARK_SEEDS and recipe.grounds <= mini.BENCHMARK_SEEDS
+    assert inspect.signature(views.make_props).parameters["first"].default + recipe.objects <= mini.BENCHMARK_SEEDS
+    with pytest.raises(ValueError, match="training seeds"):
+        views.make_props(families=2, first=mini.BENCHMARK_SEEDS)
+    cast = mini.cast_of(0, 100, 150)
+    trained = {d.parts for i in range(recipe.objects) for d in family(i)}
+    assert not trained & {d.parts for d in cast.instances + cast.siblings + cast.clutter}
+
+
+def test_every_kind_of_object_is_drawn_and_families_differ():
+    kinds = {}
+    for seed in range(60):
+        kinds.setdefault((first := family(seed)[0]).kind, first)
+    assert set(kinds) == set(KINDS)
+    for seed in range(8):
+        sheets = [atlas(member, 64) for member in family(seed, 4)]
+        assert all((a != b).any() for i, a in enumerate(sheets) for b in sheets[:i])
+
+
+@pytest.mark.parametrize("wrong", [dict(size="big"), dict(instances=0), dict(seed=-1)])
+def test_wrong_arguments_leave_nothing_behind(tmp_path, wrong):
+    with pytest.raises(ValueError):
+        mini.make_mini(tmp_path / "x", **wrong)
+    assert not list(tmp_path.iterdir())
