@@ -315,10 +315,14 @@ class Student(nn.Module):
     def __init__(
         self,
         teacher: Encoder,  # whose space is learned
+        size: int | None = None,  # side of its square input, pixels; None: the teacher's
     ):
         super().__init__()
-        self.model = copy.deepcopy(teacher.model).float().eval().requires_grad_(True)
+        self.model, self.size = copy.deepcopy(teacher.model).float().eval(), size or teacher.size
         self.teacher, self.moments = teacher.name, (teacher.mean, teacher.std)
+        if self.size != teacher.size and hasattr(self.model, "set_input_size"):   # a transformer's table of positions
+            self.model.set_input_size(img_size=self.size)
+        self.model.requires_grad_(True)
 
     def forward(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self.moments)
@@ -326,9 +330,8 @@ class Student(nn.Module):
 
     def as_encoder(
         self,
-        size: int,  # side of the square input, pixels
         dtype: torch.dtype | None = None,  # None: the fastest this device has
     ) -> Encoder:
-        "The student as it is now, frozen, for queries or patches of this size."
+        "The student as it is now, frozen, for queries or patches of its size."
         device = next(self.parameters()).device
-        return Encoder(copy.deepcopy(self.model).cpu(), f"{self.teacher} student", size, *self.moments, device, dtype, f"distilled for {size} px")
+        return Encoder(copy.deepcopy(self.model).cpu(), f"{self.teacher} student", self.size, *self.moments, device, dtype, f"distilled for {self.size} px")

@@ -226,10 +226,19 @@ def test_a_student_is_a_trainable_copy_and_leaves_its_teacher_alone():
     torch.manual_seed(0)
     teacher = Encoder(timm.create_model("lcnet_035", num_classes=8), "teacher", 48, (0.5,) * 3, (0.25,) * 3, dtype=torch.float32)
     images, before = torch.rand(2, 3, 48, 48), teacher.fingerprint
-    student, reference = Student(teacher), teacher(images)
+    student, reference = Student(teacher, 32), teacher(images)
     assert torch.allclose(student(images).detach(), reference, atol=1e-5)
     step = distillation_step(student, teacher, open_image, 5, settings_of(query_size=32, gallery_size=48))
     train(student, step, Plan(steps=2, learning_rate=0.01))
     assert torch.equal(teacher(images), reference) and not torch.allclose(student(images).detach(), reference, atol=1e-4)
-    frozen = student.as_encoder(32, torch.float32)
+    frozen = student.as_encoder(torch.float32)
     assert frozen.size == 32 and frozen.dim == teacher.dim and frozen.fingerprint != before and not frozen.model.training
+
+
+def test_a_transformer_can_be_taught_at_another_size():
+    torch.manual_seed(0)
+    teacher = Encoder(timm.create_model("test_vit", num_classes=0), "teacher", 160, (0.5,) * 3, (0.25,) * 3, dtype=torch.float32)
+    student = Student(teacher, 64)
+    vectors = student(torch.rand(2, 3, 64, 64))
+    assert vectors.shape == (2, teacher.dim) and student.as_encoder(torch.float32).size == 64
+    assert teacher(torch.rand(1, 3, 160, 160)).shape == (1, teacher.dim)
