@@ -16,7 +16,7 @@ install: .venv/installed
 	touch $@
 
 reports: install
-	$(BIN)/patchify report --dataset $(DATASET) --backbone $(BACKBONE)
+	$(BIN)/patchify report --dataset "$(DATASET)" --backbone "$(BACKBONE)"
 
 test: install
 	$(BIN)/python -m pytest
@@ -33,4 +33,4 @@ notebooks: install
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide-input --TagRemovePreprocessor.remove_cell_tags=hide-cell nbs/index.ipynb
 
 clean:
-	rm -rf .venv data/stores data/mini data/tiny
+	rm -rf .venv data/stores data/indexes data/mini data/tiny

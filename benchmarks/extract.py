@@ -5,17 +5,13 @@ so, the process keeps to two cores, so that decoding and cutting compete with th
 """
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from pyramid import photograph
-
+from benchmarks.pyramid import photograph
 from patchify.benchmark import open_image
 from patchify.boxes import Regions
 from patchify.encoder import load_encoder

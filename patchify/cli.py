@@ -20,6 +20,7 @@ from typing import Annotated, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import typer
 from PIL import Image
 from typer.core import TyperGroup
@@ -109,11 +110,17 @@ def evaluate(
     report["provenance"] = provenance(dataset=dataset, data=benchmark.fingerprint, backbone=backbone, encoder=encoder.fingerprint, weights=encoder.notes,
                                       regions=regions, level=level, index=index, seconds=round(time.perf_counter() - started, 1))
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1))
+        _write(json_file, json.dumps(report, indent=1))
     if export:
+        export.parent.mkdir(parents=True, exist_ok=True)
         save_similarities(export, run.described.benchmark.queries["id"], benchmark.gallery["id"], run.result.scores, run.result.ranks)
     print(_summary(run.described.benchmark.name, report))
+
+
+def _write(path: Path, text: str) -> None:
+    "Write a file, its folder made if need be."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _index_settings(index: str, m: int, nbits: int, nlist: int, nprobe: int | None, train_level: int) -> CompressedIndex | None:
@@ -156,7 +163,7 @@ def index(
     images = load_folder(folder)
     encoder = load_encoder(backbone, checkpoint, random_weights, device)
     store = extract(images.gallery, encoder, scheme, out, images.root)
-    (out / "folder.json").write_text(json.dumps({"folder": str(folder.resolve()), "paths": images.gallery["path"].tolist()}))
+    _write(out / "folder.json", json.dumps({"folder": str(folder.resolve()), "paths": images.gallery["path"].tolist()}))
     left_out = len(images.gallery) - len(store)
     print(f"{len(store)} images x {scheme.count} patches in {out}" + (f"; {left_out} could not be read, see {out / 'failures.csv'}" if left_out else ""))
 
@@ -167,7 +174,7 @@ def _parse_box(text: str | None, size: tuple[int, int]) -> list[int]:
         return [0, 0, *size]
     try:
         x0, y0, x1, y1 = (round(float(part)) for part in text.split(","))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"--box {text}: write x0,y0,x1,y1 in pixels") from None
     if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
         raise ValueError(f"--box {text} does not lie inside the image of {size[0]} x {size[1]} pixels")
@@ -188,7 +195,10 @@ def search(
 ):
     "Find an image, or an object in it, in an indexed folder."
     store = Store.open(directory)
-    encoder = load_encoder(store.manifest["encoder"], checkpoint, random_weights, device)
+    if not (directory / "folder.json").exists():
+        raise ValueError(f"{directory} was not made by `patchify index`, or not finished: run it again")
+    number_type = getattr(torch, store.manifest["compute"].split()[0])
+    encoder = load_encoder(store.manifest["encoder"], checkpoint, random_weights, device, number_type)
     if encoder.fingerprint != store.manifest["weights"]:
         raise ValueError(f"{directory} was indexed by another encoder ({store.manifest['encoder']} {store.manifest['weights']}, this is {encoder.fingerprint}): "
                          "index it again, or name the weights it was made with by --checkpoint")
@@ -200,9 +210,9 @@ def search(
     found = [{"path": about["paths"][row], "score": round(float(score), 6), "box": store.boxes(int(row))[patch].tolist()}
              for score, row, patch in zip(result.scores[0], result.ranks[0], result.patch_ids[0])]
     if json_file:
-        json_file.write_text(json.dumps(found, indent=1))
+        _write(json_file, json.dumps(found, indent=1))
     if html_file:
-        html_file.write_text(_results_page(picture.crop(corners), Path(about["folder"]), found), encoding="utf-8")
+        _write(html_file, _results_page(picture.crop(corners), Path(about["folder"]), found))
     for hit in found:
         print(f"{hit['score']:.3f}  {','.join(f'{v:.0f}' for v in hit['box']):>20}  {hit['path']}")
 
@@ -222,11 +232,15 @@ def _results_page(query: Image.Image, folder: Path, found: list[dict]) -> str:
     return shell("search results", f"<h1>Search results</h1><p>The winning patch of each image is drawn in yellow.</p>{''.join(rows)}")
 
 # %% ../nbs/80_cli.ipynb #c014
-def _run_name(dataset: str, backbone: str, random_weights: bool) -> str:
-    "Folder of a run under reports/: data set and backbone, in safe letters."
-    kind, _, folder = dataset.partition(":")
-    name = f"{Path(folder).resolve().name if folder else kind}-{backbone}{'-random' if random_weights else ''}"
-    return re.sub(r"[^\w.-]+", "_", name.removeprefix("ilias_core-") if folder else name)
+def _run_name(
+    benchmark: str,  # name of the data set
+    backbone: str,  # one or several
+    checkpoint: Path | None,
+    random_weights: bool,
+) -> str:
+    "Folder of a run under reports/, in safe letters: data set, backbone, and which weights if not its own."
+    parts = [benchmark, backbone.replace(",", "+"), *([checkpoint.stem] if checkpoint else []), *(["random"] if random_weights else [])]
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
 
 def _parameter(text: str) -> tuple[str, object]:
@@ -243,7 +257,7 @@ def _parameter(text: str) -> tuple[str, object]:
 @app.command()
 def report(
     dataset: Annotated[str, typer.Option(help="mini, tiny, ilias:DIR")] = "mini",
-    backbone: Annotated[str, typer.Option(help="an encoder name, or several separated by commas for the pages that compare")] = "mini",
+    backbone: Annotated[str, typer.Option(help="an encoder name; several, separated by commas, are compared on the levels page, and the other pages show the first")] = "mini",
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
     level: Level = 3,
@@ -255,12 +269,15 @@ def report(
 ):
     "Run the experiments: every table and figure, as pages under reports/."
     Regions("pyramid", level)
-    for name in backbone.split(","):
+    own = dict(map(_parameter, parameter or []))
+    backbones = backbone.split(",")
+    for name in backbones:
         print(load_encoder(name, checkpoint, random_weights, device), file=sys.stderr)
-    print(load(dataset, data), file=sys.stderr)
-    shared = {"dataset": dataset, "backbone": backbone, "checkpoint": str(checkpoint or ""), "random_weights": random_weights, "level": level,
-              "device": device or "", "data": str(data), **dict(map(_parameter, parameter or []))}
-    failed = run_reports(_run_name(dataset, backbone, random_weights), shared, only, reports)
+    benchmark = load(dataset, data)
+    print(benchmark, file=sys.stderr)
+    shared = {"dataset": dataset, "backbone": backbones[0], "backbones": backbone, "checkpoint": str(checkpoint or ""), "random_weights": random_weights,
+              "level": level, "device": device or "", "data": str(data)}
+    failed = run_reports(_run_name(benchmark.name, backbone, checkpoint, random_weights), shared, own, only, reports)
     print(f"pages: {reports / 'index.html'}")
     if failed:
         raise typer.Exit(1)

@@ -106,13 +106,16 @@ def load_encoder(
     dtype: torch.dtype | None = None,  # None: the fastest this device has
 ) -> Encoder:
     "The encoder of this name with its own input size and normalisation."
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _usable_device(device)
     if name == "mini":
         return _load_mini(checkpoint, random_weights, device, dtype)
     timm_name = ALIASES.get(name, name)
-    if not timm.is_model(timm_name):
+    if not timm.is_model(timm_name.split(".")[0]):
         near = suggest(name, ["mini", *ALIASES]) if len(name) < 7 else suggest(timm_name.split(".")[0], timm.list_models())
         raise ValueError(f"unknown backbone {name!r}: {near if near.startswith('did') else 'choose mini, siglip, dinov2, clip or a timm model name'}")
+    tags = timm.list_pretrained(timm_name.split(".")[0] + ".*") if "." in timm_name else [timm_name]
+    if timm_name not in tags:
+        raise ValueError(f"unknown weights {name!r}: {suggest(timm_name, tags)}")
     fetch = not (checkpoint or random_weights)
     if fetch:
         _check_hub(name, timm_name)
@@ -125,6 +128,16 @@ def load_encoder(
     return Encoder(model, name, cfg["input_size"][-1], cfg["mean"], cfg["std"], device, dtype, notes)
 
 # %% ../nbs/20_encoder.ipynb #c010
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    "The named device, or the GPU if there is one, once it has held a number."
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def _load_mini(checkpoint: str | Path | None, random_weights: bool, device: torch.device | str, dtype: torch.dtype | None) -> Encoder:
     "The shipped encoder; its file says what it is, so a checkpoint of `make train-mini` loads the same way."
     path = Path(str(checkpoint or MINI_WEIGHTS))
@@ -132,13 +145,14 @@ def _load_mini(checkpoint: str | Path | None, random_weights: bool, device: torc
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata()
         architecture, dim, size = about["architecture"], int(about["dim"]), int(about["size"])
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
+        mean, std = json.loads(about["mean"]), json.loads(about["std"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of the mini encoder: {error}") from None
     torch.manual_seed(0)
     model = timm.create_model(architecture, num_classes=dim)
     if not random_weights:
         _load_weights(model, path)
-    return Encoder(model, "mini", size, json.loads(about["mean"]), json.loads(about["std"]), device, dtype,
+    return Encoder(model, "mini", size, mean, std, device, dtype,
                    "random weights" if random_weights else f"file {path.name}" if checkpoint else "shipped")
 
 
@@ -151,7 +165,9 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError; the remedy is the same
         raise ValueError(f"cannot read weights from {path} (expected safetensors or a plain state dict): {type(error).__name__}") from None
     for wrapper in ("state_dict", "model", "state"):
-        state = state.get(wrapper, state)
+        state = state.get(wrapper, state) if isinstance(state, dict) else {}
+    if not state:
+        raise ValueError(f"{path} holds no state dict")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = model.state_dict()
     classifier = model.pretrained_cfg.get("classifier") or ()
@@ -167,7 +183,10 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
 
 def _check_hub(name: str, timm_name: str) -> None:
     "Refuse at once, with a way out, when pretrained weights are neither cached nor reachable."
-    repo = timm.get_pretrained_cfg(timm_name, allow_unregistered=False).hf_hub_id
+    cfg = timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(f"no weights are published for {name}: pass a local file with --checkpoint FILE, or --random-weights for a dry run")
+    repo = cfg.hf_hub_id
     names = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
     if repo is None or any(isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str) for file in names):
         return

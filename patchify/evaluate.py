@@ -33,7 +33,6 @@ class Described:
     queries: np.ndarray  # (Q, D) float32, unit rows
     gallery: Store  # descriptors and boxes of every region
     regions: Regions
-    seconds: float | None  # extraction of the gallery, None when it was on disk already
     unreadable: int  # query images left out
 
     def query_image(self, query: int) -> Image.Image:
@@ -59,13 +58,10 @@ def describe(
     whole = Regions("pool" if regions.kind == "pool" else "pyramid", 0)
     cache = str(Path(stores) / "{key}")
     asked = extract(benchmark.queries, encoder, whole, cache, benchmark.root)
-    started = time.time()
     gallery = extract(benchmark.gallery, encoder, regions, cache, benchmark.root)
-    made_now = (gallery.path / "descriptors-00000.npy").stat().st_mtime >= started
-    seconds = time.time() - started if made_now else None
     lost = len(benchmark.queries) - len(asked)
     readable = replace(benchmark, queries=benchmark.queries.iloc[asked.rows].reset_index(drop=True))
-    return Described(readable, np.concatenate(asked.descriptors()).astype(np.float32)[:, 0], gallery, regions, seconds, lost)
+    return Described(readable, np.concatenate(asked.descriptors()).astype(np.float32)[:, 0], gallery, regions, lost)
 
 # %% ../nbs/52_evaluate.ipynb #c011
 DEPTH = 2000  # places kept per query in a gallery of more than LARGE images
@@ -118,6 +114,8 @@ def rank(
     levels = described.regions.levels
     wanted = levels == only if only is not None else levels <= (levels.max() if level is None else level)
     patch_rows = np.flatnonzero(wanted)
+    if not len(patch_rows):
+        raise ValueError(f"level {level if only is None else only} is not in a store of {described.regions}")
     part = slice(patch_rows[0], patch_rows[-1] + 1)
     blocks = [block[:, part] for block in described.gallery.descriptors()]
     built = index(blocks, described.gallery.rows)
@@ -178,4 +176,4 @@ def figures_of(
             "queries": ap.queries, "gallery": len(run.described.benchmark.gallery), "patches": run.patches, "bytes_per_image": run.bytes_per_image,
             "left_out": {"without positives": ap.left_out, "unreadable queries": run.described.unreadable,
                          "unreadable gallery images": len(run.described.benchmark.gallery) - len(run.described.gallery)},
-            "seconds": {"extract": run.described.seconds and round(run.described.seconds, 2), "search": round(run.seconds, 3)}}
+            "seconds": {"extract": run.described.gallery.seconds and round(run.described.gallery.seconds, 2), "search": round(run.seconds, 3)}}

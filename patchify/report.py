@@ -65,10 +65,10 @@ def provenance(
 
 # %% ../nbs/70_report.ipynb #c009
 def with_interval(
-    row: object,  # has mean, lo, hi
+    row: pd.Series | dict,  # has mean, lo, hi
 ) -> str:
     "A mean with its interval, for a compact table."
-    return "not run" if np.isnan(row.mean) else f"{row.mean:.1f} [{row.lo:.1f}, {row.hi:.1f}]"
+    return "not run" if np.isnan(row["mean"]) else f"{row['mean']:.1f} [{row['lo']:.1f}, {row['hi']:.1f}]"
 
 
 def _cell(value: object, digits: int) -> object:
@@ -214,6 +214,8 @@ def run_experiment(
         if name not in known:
             raise ValueError(f"{notebook.stem} has no parameter {name!r}: {suggest(name, list(known))}")
     out.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob(f"{notebook.stem}.*"), *out.glob(f"{notebook.stem}-*"), *out.glob(f"timing-{notebook.stem}-*")):
+        stale.unlink()
     raw = out / f".{notebook.stem}.ipynb"
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm in kernels without widgets
     try:
@@ -255,12 +257,13 @@ def _card(run: Path, page: dict) -> str:
     return f'<a class=page href="{link}.html">{picture}<b>{html.escape(page["name"])}</b><p>{html.escape(page["line"])}</p></a>'
 
 
-EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "compression", "training_level", "budget", "scale", "mini_encoder")
+EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "compression", "training_level", "budget", "scale", "token", "asymmetric", "mini_encoder")
 
 # %% ../nbs/70_report.ipynb #c027
 def run_reports(
     run: str,  # name of the run, its folder under reports/
-    parameters: dict,  # shared by all experiments: dataset, backbone, ...
+    parameters: dict,  # shared by all experiments: dataset, backbone, ...; each receives those it declares
+    own: dict | None = None,  # parameters that at least one of the experiments must declare
     only: str | None = None,  # run just the experiment of this name
     reports: str | Path = "reports",
     notebooks: str | Path = "nbs/experiments",
@@ -274,12 +277,15 @@ def run_reports(
     if only is not None and only not in found:
         raise ValueError(f"unknown experiment {only!r}: {suggest(only, list(found))}")
     names = [only] if only else [*(n for n in EXPERIMENTS if n in found), *(n for n in found if n not in EXPERIMENTS)]
-    failed = []
+    declared = {name: papermill.inspect_notebook(str(found[name])) for name in names}
+    for name in own or {}:
+        if not any(name in known for known in declared.values()):
+            raise ValueError(f"no experiment has a parameter {name!r}: {suggest(name, sorted(set().union(*declared.values())))}")
+    failed, values = [], parameters | (own or {})
     for i, name in enumerate(names, 1):
         print(f"[{i}/{len(names)}] {name}", file=sys.stderr, flush=True)
-        known = papermill.inspect_notebook(str(found[name]))
         try:
-            run_experiment(found[name], Path(reports) / run, {k: v for k, v in parameters.items() if k in known})
+            run_experiment(found[name], Path(reports) / run, {k: v for k, v in values.items() if k in declared[name]})
         except ExperimentFailed as error:
             failed.append(str(error))
             print(f"  failed: {error}", file=sys.stderr, flush=True)

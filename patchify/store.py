@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import re
+import time
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -231,6 +232,7 @@ class Store:
     path: Path  # its folder
     manifest: dict  # the settings it was made with, and the counts
     counts: tuple[int, ...]  # images per shard
+    seconds: float | None = None  # what making all of it took, when it was made just now
 
     @classmethod
     def open(
@@ -404,8 +406,10 @@ def extract(
     workers = workers or (1 if torch.device(encoder.device).type == "cpu" else os.cpu_count() or 4)
     complete, shards = _claim(out, settings), range(-(-len(table) // shard_size))
     todo = [k for k in shards if not _is_done(out, k, regions.count)]
+    started = time.perf_counter()
     try:
-        _extract_shards(out, todo, table, encoder, regions, settings, workers)
+        if todo:
+            _extract_shards(out, todo, table, encoder, regions, settings, workers)
     except KeyboardInterrupt:
         done = sum(_shard_files(out, k)[0].exists() for k in shards)
         raise KeyboardInterrupt(f"stopped with {done} of {len(shards)} shards in {out}: the same extraction goes on from there") from None
@@ -414,4 +418,4 @@ def extract(
     store = Store.open(out)
     if store.manifest["failed"]:
         tqdm.write(f"{store.manifest['failed']} of {len(table)} images could not be read and were left out: see {out / 'failures.csv'}", file=sys.stderr)
-    return store
+    return replace(store, seconds=time.perf_counter() - started) if len(todo) == len(shards) else store

@@ -77,12 +77,15 @@ MISTAKES = {
     "missing folder": (["evaluate", "--dataset", "ilias:nowhere"], "nowhere"),
     "unknown data set": (["evaluate", "--dataset", "mnii"], "mini"),
     "unknown backbone": (["evaluate", "--backbone", "siglp"], "siglip"),
-    "unknown regions": (["evaluate", "--dataset", "tiny", "--regions", "pyramids"], "pyramid"),
-    "negative level": (["evaluate", "--dataset", "tiny", "--level", "-1"], "level"),
-    "no such checkpoint": (["evaluate", "--dataset", "tiny", "--backbone", "resnet10t", "--checkpoint", "none.safetensors"], "none.safetensors"),
+    "unknown regions": (["evaluate", "--dataset", "tiny", "--regions", "pyramids"], "choose one of pyramid"),
+    "negative level": (["evaluate", "--dataset", "tiny", "--level", "-1"], "0 or more"),
+    "no such checkpoint": (["evaluate", "--dataset", "tiny", "--backbone", "resnet10t", "--checkpoint", "none.safetensors"], "no such checkpoint"),
     "export to an unknown format": (["evaluate", "--dataset", "tiny", "--export", "found.csv"], "found.csv"),
-    "no images": (["index", "empty", "--out", "index"], "empty"),
-    "no index": (["search", "empty", "image.jpg"], "empty"),
+    "no images": (["index", "empty", "--out", "index"], "no images in empty"),
+    "no index": (["search", "empty", "image.jpg"], "no store in empty"),
+    "unknown device": (["evaluate", "--dataset", "tiny", "--device", "gpu"], "cannot be used"),
+    "unknown index": (["evaluate", "--dataset", "tiny", "--index", "pqq"], "did you mean pq"),
+    "unknown parameter": (["report", "--dataset", "tiny", "--only", "gallery", "-p", "chosn=2"], "did you mean chosen"),
     "unknown experiment": (["report", "--dataset", "tiny", "--only", "levles"], "levels"),
     "unknown option": (["evaluate", "--levle", "3"], "--level"),
 }
@@ -98,13 +101,47 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(data, tmp_path, monkeypatch
     assert said in told and "Traceback" not in told
 
 
-def test_interrupting_says_how_to_go_on_and_loses_nothing(data, tmp_path):
-    words = [Path(sys.executable).with_name("patchify"), "index", data / "tiny", "--out", tmp_path / "index", "--level", "3"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def indexed(command, data, tmp_path_factory):
+    "An index of the distractors, and one of its pictures."
+    out = tmp_path_factory.mktemp("indexed") / "index"
+    assert command("index", data / "tiny/distractors", "--out", out, "--level", 0).returncode == 0
+    return str(out), str(data / "tiny/distractors/D0000.jpg")
+
+
+@pytest.mark.parametrize("words, said", [(["-k", "0"], "k must be at least 1"), (["--box", "1,2,3"], "x0,y0,x1,y1"), (["--box", "0,0,9999,5"], "inside the image")])
+def test_a_search_is_asked_properly(indexed, capsys, words, said):
+    assert main(["search", *indexed, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_queries_without_positives_are_left_out_and_counted(data, tmp_path, capsys):
+    shutil.copytree(data / "tiny", tmp_path / "tiny")
+    shutil.rmtree(next((tmp_path / "tiny/ilias_core").iterdir()) / "pos")
+    shutil.rmtree(tmp_path / "tiny/image_ids")
+    assert main(["evaluate", "--dataset", f"ilias:{tmp_path / 'tiny'}", "--level", "0", "--data", str(tmp_path), "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["queries"] == 5 and found["left_out"]["without positives"] == 1
+    assert "left out: 1 without positives" in capsys.readouterr().out
+
+
+def test_a_malformed_box_is_named_with_file_and_line(data, tmp_path, capsys):
+    shutil.copytree(data / "tiny", tmp_path / "tiny")
+    next((tmp_path / "tiny").rglob("pos/*_bbox.txt")).write_text("1 2 3\n")
+    assert main(["evaluate", "--dataset", f"ilias:{tmp_path / 'tiny'}", "--level", "0", "--data", str(tmp_path)]) == 2
+    assert "_bbox.txt, line 1" in capsys.readouterr().err
+
+
+def test_interrupting_says_how_to_go_on_and_loses_nothing(command, data, tmp_path):
+    words = ["index", data / "tiny", "--level", "3", "--out"]
+    process = subprocess.Popen([Path(sys.executable).with_name("patchify"), *words, tmp_path / "index"], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "index/manifest.json").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     if process.returncode:  # it had not finished already
         assert process.returncode == 130 and "goes on" in said and "Traceback" not in said
-    assert subprocess.run(words, capture_output=True).returncode == 0
+    for out in ("index", "undisturbed"):
+        assert command(*words, tmp_path / out).returncode == 0
+    resumed, whole = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("index", "undisturbed"))
+    assert resumed == whole

@@ -80,8 +80,10 @@ def test_modules_import_only_what_comes_before_them():
         if match := re.match(r"#\| default_exp (\w+)", code(path)[0].source):
             numbers[match[1]] = path.stem[:2]
     for module, number in numbers.items():
-        imported = re.findall(r"^\s*from \.(\w+) import|^\s*from patchify\.(\w+) import", (ROOT / f"patchify/{module}.py").read_text(), re.M)
-        late = [name for pair in imported for name in pair if name and numbers[name] >= number]
+        text = (ROOT / f"patchify/{module}.py").read_text()
+        imported = re.findall(r"^\s*from (?:patchify)?\.(\w+) import", text, re.M)
+        imported += [name for line in re.findall(r"^\s*from (?:\.|patchify) import ([\w, ]+)", text, re.M) for name in re.findall(r"\w+", line)]
+        late = [name for name in imported if numbers[name] >= number]
         assert not late, f"{module} ({number}) imports {late}"
 
 

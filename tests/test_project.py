@@ -8,6 +8,8 @@ from nbconvert import MarkdownExporter
 from packaging.requirements import Requirement
 from traitlets.config import Config
 
+import patchify
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -37,3 +39,7 @@ def test_the_readme_is_made_from_its_notebook():
     config.TagRemovePreprocessor.update(enabled=True, remove_input_tags={"hide-input"}, remove_cell_tags={"hide-cell"})
     text, _ = MarkdownExporter(config=config).from_filename(str(ROOT / "nbs/index.ipynb"))
     assert (ROOT / "README.md").read_text().strip() == text.strip(), "run `make notebooks`"
+
+
+def test_the_package_knows_its_version():
+    assert patchify.__version__ == settings()["version"]

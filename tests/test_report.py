@@ -1,8 +1,10 @@
 "A small report run, from the command to the pages, and what makes a page trustworthy."
 import json
 import re
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -37,11 +39,35 @@ def test_pages_need_neither_network_nor_script(pages):
             assert (page.parent / picture).exists()
 
 
-def test_the_csv_files_come_out_the_same_again(command, data, pages, tmp_path):
-    done = command("report", "--dataset", "tiny", "--level", 2, "--data", data, "--reports", tmp_path, "--only", "levels", cwd=ROOT)
+@pytest.mark.parametrize("name", ["levels", "locscore", "groups", "regions"])
+def test_the_csv_files_come_out_the_same_from_scratch(command, data, pages, tmp_path, name):
+    shutil.copytree(data / "tiny", tmp_path / "data/tiny")  # new files, so new stores
+    done = command("report", "--dataset", "tiny", "--level", 2, "--data", tmp_path / "data", "--reports", tmp_path, "--only", name, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    again = sorted((tmp_path / "tiny-mini").glob("levels-*.csv"))
+    again = sorted((tmp_path / "tiny-mini").glob(f"{name}-*.csv"))
     assert again and all(file.read_bytes() == (pages / file.name).read_bytes() for file in again)
+
+
+@pytest.mark.parametrize("name", ["levels", "locscore", "regions"])
+def test_what_is_not_known_is_not_run(command, data, tmp_path, name):
+    shutil.copytree(data / "tiny", tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare/image_ids")
+    for boxes in (tmp_path / "bare").rglob("pos/*_bbox.txt"):
+        boxes.unlink()
+    shutil.rmtree(next((tmp_path / "bare/ilias_core").iterdir()) / "pos")
+    done = command("report", "--dataset", f"ilias:{tmp_path / 'bare'}", "--level", 1, "--data", tmp_path, "--reports", tmp_path / "reports", "--only", name, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "not run" in (tmp_path / f"reports/bare-mini/{name}.html").read_text()
+
+
+def test_two_backbones_are_compared_and_a_failure_leaves_no_page(command, data, tmp_path):
+    words = ["report", "--dataset", "tiny", "--level", 1, "--random-weights", "--backbone", "test_resnet,test_vit", "--data", data, "--reports", tmp_path]
+    done = command(*words, "--only", "levels", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "tiny-test_resnet+test_vit-random"
+    assert set(pd.read_csv(run / "levels-levels.csv").backbone) == {"test_resnet", "test_vit"}
+    done = command(*words, "--only", "gallery", "-p", "chosen=\"two\"", cwd=ROOT)
+    assert done.returncode == 1 and "gallery, cell" in done.stderr and not (run / "gallery.html").exists()
 
 
 def test_random_weights_are_announced(command, data, tmp_path):
