@@ -65,7 +65,7 @@ def rows() -> list[dict]:
         assert (ours.ranks[:, 0] == theirs[:, 0]).mean() > 0.99
     t = timed({"exact": lambda: exact.search(queries), "pq": lambda: pq.search(queries), "pq faiss": lambda: with_faiss(pq),
                "ivf": lambda: ivf.search(queries), "ivf faiss": lambda: with_faiss(ivf, 256),
-               "few": lambda: few.search(queries), "few faiss": patches_then_group})
+               "few": lambda: few.search(queries), "few faiss": patches_then_group}, repeats=3)
     train = {who: training(who) for who in ("ours", "factory")}
 
     def row(benchmark, ours, baseline, target=None):

@@ -44,10 +44,12 @@ def patch_scores(
     b, n_patches, dim = block.shape
     if b < images:
         block = F.pad(block, (0, 0, 0, 0, 0, images - b))
-    if block.is_cuda or not torch.backends.mkldnn.is_available():
-        return (queries @ block.reshape(-1, dim).T).view(-1, len(block), n_patches)[:, :b]
-    picture, filters = block.permute(2, 0, 1)[None], queries[:, :, None, None]
-    return torch.mkldnn_convolution(picture, filters, None, [0, 0], [1, 1], [1, 1], 1)[0, :, :b]
+    patches = block.reshape(-1, dim)
+    if patches.is_cuda or not torch.backends.mkldnn.is_available():
+        scores = patches @ queries.T
+    else:
+        scores = torch.ops.mkldnn._linear_pointwise(patches, queries, None, "none", [], "")
+    return scores.view(len(block), n_patches, -1)[:b].permute(2, 0, 1)
 
 # %% ../nbs/30_search.ipynb #c016
 def best_patches(
@@ -55,7 +57,8 @@ def best_patches(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Q, b) float32 image scores, (Q, b) int32 winning patch
     "Score of each image and the patch that gave it, the lower one in a tie: (Q, b, P) -> (Q, b), (Q, b)."
     n_patches = scores.shape[2]
-    best, where = F.max_pool2d(scores[None], (1, n_patches), return_indices=True)
+    picture = scores.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, Q, b, P), with strides that PyTorch knows as channels-last
+    best, where = F.max_pool2d(picture, (1, n_patches), return_indices=True)
     return best[0, :, :, 0], (where[0, :, :, 0] % n_patches).int()
 
 # %% ../nbs/30_search.ipynb #c019
