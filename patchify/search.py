@@ -114,7 +114,7 @@ def read_blocks(
     first = 0
     for stored in blocks:
         for start in range(0, len(stored), images):
-            piece = torch.from_numpy(np.require(stored[start:start + images], np.float32, ["C", "W"]))
+            piece = torch.from_numpy(np.require(stored[start:start + images], requirements=["C", "W"])).float()
             if not piece.sum().isfinite():
                 bad = first + start + int((~piece.isfinite()).flatten(1).any(1).int().argmax())
                 raise ValueError(f"descriptors of gallery image {bad} hold NaN or infinity")
