@@ -65,9 +65,9 @@ class Encoder:
         "Normalised network input in the network's type, channels last."
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        scale = 255.0 if images.dtype == torch.uint8 else 1.0
-        x = images.to(self.device, self.dtype, memory_format=torch.channels_last)
-        return F.batch_norm(x, self._mean * scale, self._var * scale**2, eps=0.0)
+        scale, exact = (255.0, self.dtype) if images.dtype == torch.uint8 else (1.0, torch.float32)  # bytes fit any type, fractions do not
+        x = images.to(self.device, exact, memory_format=torch.channels_last)
+        return F.batch_norm(x, self._mean * scale, self._var * scale**2, eps=0.0).to(self.dtype)
 
     @torch.inference_mode()
     def __call__(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from patchify.report import LONG
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -22,7 +24,7 @@ def pages(command, data, tmp_path_factory):
 
 
 def test_every_experiment_makes_its_page(pages):
-    names = {path.stem for path in (ROOT / "nbs/experiments").glob("*.ipynb")}
+    names = {path.stem for path in (ROOT / "nbs/experiments").glob("*.ipynb")} - set(LONG)
     assert {path.stem for path in pages.glob("*.html")} == names
     index = (pages.parent / "index.html").read_text()
     for name in names:
@@ -74,3 +76,10 @@ def test_random_weights_are_announced(command, data, tmp_path):
     done = command("report", "--dataset", "tiny", "--level", 1, "--random-weights", "--backbone", "test_resnet", "--data", data, "--reports", tmp_path, "--only", "locscore", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "class=warning" in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_experiment_runs_when_it_is_asked_for(command, data, tmp_path, name):
+    done = command("report", "--dataset", "tiny", "--level", 1, "--data", data, "--reports", tmp_path, "--only", name, "-p", "steps=3", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"tiny-mini/{name}.html").exists()
