@@ -149,10 +149,10 @@ def published(
 # %% ../nbs/70_report.ipynb #c017
 STYLE = """
 :root{--ink:#1f2328;--soft:#59636e;--line:#d8dee4;--accent:#31688e}
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);max-width:62rem;margin:0 auto;padding:1.5rem}
+body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);max-width:66rem;margin:0 auto;padding:1.5rem}
 h1{font-size:1.7rem;line-height:1.25;margin:.6rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid var(--line);padding-bottom:.2rem}h3{font-size:1rem}
 a{color:var(--accent)}nav{font-size:.9rem;color:var(--soft)}blockquote{margin:0 0 1rem;color:var(--soft);border-left:3px solid var(--accent);padding-left:.8rem}
-table{border-collapse:collapse;font-size:.9rem;margin:.6rem 0;font-variant-numeric:tabular-nums}th,td{padding:.28rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;font-size:.82rem;margin:.6rem 0;font-variant-numeric:tabular-nums}th,td{padding:.28rem .5rem;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child,.provenance td,.provenance th{text-align:left}thead th{border-bottom:2px solid var(--soft)}.output{overflow-x:auto}
 img{max-width:100%;height:auto}pre{font:13px/1.45 ui-monospace,monospace;overflow-x:auto;margin:0}.input{display:none;background:#f6f8fa;padding:.6rem .8rem;border-radius:6px;margin:.5rem 0}
 #code:checked~main .input{display:block}.prompt,.anchor-link{display:none}label{font-size:.9rem;color:var(--soft);cursor:pointer}
