@@ -75,7 +75,7 @@ def test_two_backbones_are_compared_and_a_failure_leaves_no_page(command, data, 
 def test_random_weights_are_announced(command, data, tmp_path):
     done = command("report", "--dataset", "tiny", "--level", 1, "--random-weights", "--backbone", "test_resnet", "--data", data, "--reports", tmp_path, "--only", "locscore", cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "class=warning" in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
+    assert '<p class="warning">Random weights' in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
 
 
 @pytest.mark.parametrize("name", LONG)
