@@ -14,6 +14,7 @@ import json
 import os
 import re
 import struct
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -138,6 +139,16 @@ def read_boxes(
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
+def _in_unicode(path: str) -> bool:
+    "Whether a path can be written into a table; says which one is left out."
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        print(f"left out {ascii(path)}: its name is not UTF-8, rename it", file=sys.stderr)
+        return False
+    return True
+
+
 def find_images(
     folder: str | Path,  # searched recursively, tar shards included
     root: str | Path | None = None,  # paths are made relative to this folder; None: to `folder`
@@ -152,9 +163,9 @@ def find_images(
             relative = os.path.relpath(path, root)
             if path.suffix.lower() == ".tar":
                 for member in _tar_members(path):
-                    if Path(member).suffix.lower() in IMAGE_SUFFIXES:
+                    if Path(member).suffix.lower() in IMAGE_SUFFIXES and _in_unicode(member):
                         yield f"{name}/{os.path.splitext(member)[0]}", f"{relative}::{member}"
-            elif path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            elif path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") and _in_unicode(relative):
                 yield os.path.relpath(path, folder), relative
 
 # %% ../nbs/10_benchmark.ipynb #c020

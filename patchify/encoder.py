@@ -17,6 +17,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 
 from .benchmark import suggest
 
@@ -31,6 +33,16 @@ def best_dtype(
     return torch.bfloat16 if any(native) else torch.float32
 
 # %% ../nbs/20_encoder.ipynb #c007
+def _fold(model: torch.nn.Module) -> torch.nn.Module:
+    "The same function with its batch norms inside the convolutions before them; a network that cannot be traced stays as it is."
+    if not any(type(module) is torch.nn.BatchNorm2d for module in model.modules()):
+        return model
+    try:
+        return fuse(model)
+    except TraceError:
+        return model
+
+
 class Encoder:
     "A frozen network as a function: images (B, 3, H, W) -> unit descriptors (B, D)."
 
@@ -48,7 +60,9 @@ class Encoder:
         self.name, self.size, self.mean, self.std, self.notes = name, size, tuple(mean), tuple(std), notes
         self.device, self.dtype = torch.device(device), dtype or best_dtype(device)
         self.fingerprint = self._hash(model)
-        self.model = model.eval().requires_grad_(False).to(self.device, self.dtype, memory_format=torch.channels_last)
+        model = model.eval().requires_grad_(False)
+        self._folded = _fold(model).to(self.device, self.dtype, memory_format=torch.channels_last)
+        self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last)
         self._mean = torch.tensor(self.mean, device=self.device)
         self._var = torch.tensor(self.std, device=self.device) ** 2
         self.dim = self(torch.zeros(1, 3, size, size)).shape[1]
@@ -75,7 +89,7 @@ class Encoder:
         images: torch.Tensor,  # (B, 3, H, W) RGB, upright: uint8, or float in [0, 1]
     ) -> torch.Tensor:  # (B, D) float32, unit rows, on the encoder's device
         "Describe images: (B, 3, H, W) -> (B, D)."
-        return F.normalize(self.model(self._input(images)).float(), dim=1)
+        return F.normalize(self._folded(self._input(images)).float(), dim=1)
 
     @torch.inference_mode()
     def feature_map(

@@ -1,5 +1,6 @@
 "Reading data sets: the layouts, the odd images, and the faults."
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -114,3 +115,12 @@ def test_folders_and_names_are_checked(tmp_path):
         load(f"ilias:{tmp_path}")
     with pytest.raises(ValueError, match="ilias:DIR"):
         load("ilias")
+
+
+def test_a_file_name_that_is_no_unicode_is_left_out_and_named(tmp_path, capsys):
+    for name in (b"a.jpg", b"b\xff.jpg"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(picture())
+    found = load_folder(tmp_path)
+    assert found.gallery["path"].tolist() == ["a.jpg"]
+    assert "b\\udcff.jpg" in capsys.readouterr().err
