@@ -70,7 +70,7 @@ REGION_KINDS = ("pyramid", "grid", "sliding", "random", "pool")
 class Regions:
     "A region scheme: which boxes of an image get a descriptor. `count` boxes per image, whatever its size."
     kind: str = "pyramid"  # pyramid, grid, sliding, random, or pool (the pyramid cut from one feature map)
-    level: int = 3  # pyramid, pool: highest level; grid, sliding: cells of the (level + 1) x (level + 1) grid; random: as many as the pyramid
+    level: int = 3  # pyramid, pool: highest level; grid, sliding: cells of the (level + 1) x (level + 1) grid; random: as many as the pyramid at every level
     seed: int = 0  # of the random boxes
 
     def __post_init__(self):
@@ -81,22 +81,23 @@ class Regions:
     @cached_property
     def units(self) -> np.ndarray:
         "The windows of `sliding` and `random` as fractions of width and height: (P, 4)."
-        n = self.level + 1
         if self.kind == "sliding":
+            n = self.level + 1
             at = np.arange(2 * n - 1) / (2 * n)
             y, x = (g.ravel() for g in np.meshgrid(at, at, indexing="ij"))
             return np.stack([x, y, x + 1 / n, y + 1 / n], 1)
-        rng = np.random.default_rng(self.seed)
-        side = rng.uniform(1 / n, 1, (sum(r * c for r, c in pyramid_grids(self.level)), 1))
-        start = rng.random((len(side), 2)) * (1 - side)
+        smallest = 1 / (self.levels[:, None] + 1)
+        draws = np.random.default_rng(self.seed).random((len(smallest), 3))
+        side = smallest + (1 - smallest) * draws[:, :1]
+        start = draws[:, 1:] * (1 - side)
         return np.concatenate([start, start + side], 1)
 
     @cached_property
     def levels(self) -> np.ndarray:
         "Pyramid level of each patch, -1 for schemes without levels: (P,) int."
-        if self.kind in ("pyramid", "pool"):
-            return np.concatenate([np.full(r * c, k) for k, (r, c) in enumerate(pyramid_grids(self.level))])
-        return np.full((self.level + 1) ** 2 if self.kind == "grid" else len(self.units), -1)
+        if self.kind in ("grid", "sliding"):
+            return np.full((self.level + 1 if self.kind == "grid" else 2 * self.level + 1) ** 2, -1)
+        return np.concatenate([np.full(r * c, k) for k, (r, c) in enumerate(pyramid_grids(self.level))])
 
     @property
     def count(self) -> int:
