@@ -49,9 +49,9 @@ def contrastive(
 @dataclass(frozen=True)
 class Recipe:
     "What determines the weights. The defaults are the shipped encoder's."
-    architecture: str = "regnetx_004"  # timm name
+    architecture: str = "resnet10t"  # timm name
     dim: int = 256  # length of a descriptor
-    size: int = 128  # input side in pixels; a multiple of 32
+    size: int = 112  # input side in pixels; a multiple of 16
     steps: int = 2400  # optimiser steps
     families: int = 48  # families per batch, two members each
     views: int = 2  # patches per object and batch
@@ -266,7 +266,7 @@ def held_out(
 
 # %% ../nbs/26_training.ipynb #c031
 SHORT = Recipe(steps=120, size=64, families=24, empty=16, warmup=20, ramp=.3, grow=0., ema=.9)
-VARIANTS = ({}, {"architecture": "mobilenetv4_conv_small"}, {"architecture": "resnet10t"}, {"temperature": .03}, {"temperature": .12},
+VARIANTS = ({}, {"architecture": "regnetx_004"}, {"architecture": "mobilenetv4_conv_small"}, {"temperature": .03}, {"temperature": .12},
             {"mild": .5}, {"mild": 1.}, {"empty": 0}, {"size": 96})
 
 def ablate(
