@@ -26,6 +26,6 @@ setup(
     packages=find_packages(include=[f"{cfg['lib_name']}*"]),
     package_data={cfg["lib_name"]: ["weights/*", "published.csv"]},
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "locore")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "locore", "hdf5")},
     entry_points={"console_scripts": lines("console_scripts")},
 )
