@@ -5,7 +5,7 @@ DATASET ?= mini
 BACKBONE ?= mini
 BIN := .venv/bin
 
-.PHONY: install reports test bench train-mini notebooks clean
+.PHONY: install reports test bench train-mini train-rerankers notebooks clean
 
 install: .venv/installed
 
@@ -26,6 +26,9 @@ bench: install
 
 train-mini: install
 	$(BIN)/python -m patchify.training
+
+train-rerankers: install
+	$(BIN)/python -m patchify.rerankers
 
 notebooks: install
 	$(BIN)/nbdev_export

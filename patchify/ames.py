@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attention_masks', 'Attention', 'Layer', 'Binarize', 'itq', 'AMES', 'load_ames', 'PackedDescriptors', 'pack',
-           'AmesScorer', 'draw_pairs', 'cut', 'ames_loss', 'binary_student']
+           'AmesScorer', 'draw_pairs', 'cut', 'start_as_matcher', 'ames_loss', 'binary_student']
 
 # %% ../nbs/41_ames.ipynb #c003
 from dataclasses import dataclass
@@ -227,10 +227,11 @@ def draw_pairs(gallery: Descriptors,                    # training images, the s
                batch: int = 64,                         # pairs, every other one matching
                counts: tuple[int, int] = (10, 10**6),   # fewest and most descriptors kept per side; the most is cut to what there is
                negatives: np.ndarray | None = None,     # (N, M) gallery indices of hard candidates, -1 = none (None: any other object)
+               anchors: np.ndarray | None = None,       # images that stand on the query side (None: all that have company)
                ) -> tuple[Descriptors, Descriptors, Tensor]:  # query side, gallery side, (B,) labels 0 or 1
     "A seeded batch of image pairs, with its own number of descriptors on each side."
     members = {i: np.flatnonzero(instance == i) for i in np.unique(instance)}
-    anchors = np.flatnonzero([len(members[i]) > 1 for i in instance])
+    if anchors is None: anchors = np.flatnonzero([len(members[i]) > 1 for i in instance])
     left, label = draw.choice(anchors, batch), np.arange(batch) % 2
     right = np.array([draw.choice(np.setdiff1d(members[instance[i]], i)) if same else _negative(draw, i, instance, negatives)
                       for i, same in zip(left, label)])
@@ -249,6 +250,41 @@ def cut(part: Descriptors, n: int) -> Descriptors:   # the first n descriptors o
     return Descriptors(part.values[:, :n], part.valid[:, :n], part.scales[:, :n], part.summary)
 
 # %% ../nbs/41_ames.ipynb #c044
+@torch.no_grad()
+def start_as_matcher(model: AMES,              # full precision, normalises first, at least two layers; changed in place
+                     sample: np.ndarray,       # (N, C) training descriptors
+                     sharpness: float = 20.0,  # of the comparison: cosines times this are the attention logits
+                     threshold: float = 0.55,  # cosine at which a partner counts as much as none
+                     ) -> AMES:                # the same model
+    "Set the weights so that the logit rises with the share of descriptors that have a partner on the other side."
+    D, layers = len(model.mtc_token), model.decoder.layers
+    if model.binary or len(layers) < 2 or not model.settings["norm_first"]: raise ValueError("a matcher starts from a full-precision model of two or more layers that normalises first")
+    heads = layers[0].cross_attn.heads
+    ends = torch.arange(1, heads + 1) * (D // heads)
+    flag, sink, evidence = ends - 3, ends - 2, ends - 1
+    content = torch.tensor([c for c in range(D) if c % (D // heads) < D // heads - 3])[: sample.shape[1] * heads]
+    x = F.normalize(torch.as_tensor(sample, dtype=torch.float32), dim=-1)
+    mean, (spread, axes) = x.mean(0), torch.linalg.eigh(torch.cov(x.T))
+    order = torch.arange(len(content)).view(heads, -1).T.flatten().argsort() % x.shape[1]          # the leading directions take turns between the heads
+    W = (axes.flip(1) / spread.flip(0).clamp_min(1e-8) ** 0.25)[:, order]                          # halfway to whitening
+    W = W / ((x - mean) @ W).square().mean().sqrt()
+    first, heard, told = model.remap_local[0], layers[0].cross_attn, layers[1].self_attn
+    for part in [first.weight, first.bias, model.mtc_token, model.classifier.weight, heard.in_proj_weight, heard.out_proj.weight, told.in_proj_weight, told.out_proj.weight]: part.zero_()
+    for layer in layers:
+        for linear in (layer.self_attn.out_proj, layer.cross_attn.out_proj, layer.linear2): linear.weight *= 0.1
+    first.weight[content], first.bias[content] = W.T, -mean @ W
+    first.bias[flag] = first.bias[sink] = 1
+    model.mtc_token[flag], model.mtc_token[sink] = -1, (D / heads) ** 0.5                          # unit deviation, as a normalised descriptor has
+    scale = torch.zeros(D)
+    scale[content] = (sharpness * (D / heads) ** 0.5 / (len(content) / heads)) ** 0.5
+    scale[sink] = (sharpness * threshold) ** 0.5
+    heard.in_proj_weight[:D] = heard.in_proj_weight[D:2 * D] = torch.diag(scale)
+    heard.in_proj_weight[2 * D + evidence, flag] = told.in_proj_weight[2 * D + evidence, evidence] = 1
+    heard.out_proj.weight[evidence, evidence], told.out_proj.weight[evidence, evidence] = 2, 4
+    model.classifier.weight[0, evidence] = 0.5
+    return model
+
+# %% ../nbs/41_ames.ipynb #c047
 def ames_loss(model: AMES,                 # the student, or the only model
               query: Descriptors,          # tensors of one batch
               gallery: Descriptors,        # tensors of one batch
@@ -265,9 +301,10 @@ def ames_loss(model: AMES,                 # the student, or the only model
     with torch.no_grad(): target = teacher(*inputs)
     return loss + teacher_weight * F.mse_loss(logits, target)
 
-# %% ../nbs/41_ames.ipynb #c047
+# %% ../nbs/41_ames.ipynb #c050
 def binary_student(teacher: AMES,            # a trained full-precision model
                    projection: np.ndarray,   # (C, D) directions, such as those of `itq`; D is the teacher's model dimension
+                   sample: np.ndarray,       # (N, C) training descriptors
                    ) -> AMES:                # in training mode
     "A binary model whose transformer is a copy of the teacher's."
     size = (teacher.local_dim, len(teacher.mtc_token))
@@ -275,4 +312,8 @@ def binary_student(teacher: AMES,            # a trained full-precision model
     student = AMES(*size, **teacher.settings, binary=True)
     own, learned = student.state_dict(), teacher.state_dict()
     taken = {name: tensor for name, tensor in learned.items() if not name.startswith("remap_local")}
-    return load_weights(student, own | taken | {"remap_local.0.W": torch.as_tensor(projection, dtype=torch.float32)}).train()
+    x, W = F.normalize(torch.as_tensor(sample, dtype=torch.float32), dim=-1), torch.as_tensor(projection, dtype=torch.float32)
+    with torch.no_grad(): fit = torch.linalg.lstsq(F.pad((x @ W).sign(), (0, 1), value=1.0), teacher.remap_local[0](x)).solution     # (D + 1, D)
+    eyes = {"remap_local.0.W": W, "remap_local.1.weight": fit[:-1].T.contiguous(), "remap_local.1.bias": fit[-1]}
+    eyes |= {name.replace("remap_local.1", "remap_local.2"): tensor for name, tensor in learned.items() if name.startswith("remap_local.1")}
+    return load_weights(student, own | taken | eyes).train()

@@ -35,6 +35,7 @@ from .metrics import save_similarities
 from .mini import make_mini
 from .pyramid import cut_patches
 from .report import provenance, run_reports, shell
+from .rerankers import Reranker
 from .search import ExactIndex
 from .store import Store, extract
 
@@ -90,6 +91,7 @@ def evaluate(
     nlist: Annotated[int, typer.Option(help="ivfpq: inverted lists")] = 256,
     nprobe: Annotated[Optional[int], typer.Option(help="ivfpq: lists a query visits; default: all")] = None,
     train_level: Annotated[int, typer.Option(help="pq, ivfpq: level whose patches train the quantiser; -1: those indexed, -2: all levels together")] = -1,
+    rerank: Annotated[Optional[str], typer.Option(help="ames or ames_binary: re-rank the first images of every query")] = None,
     device: Device = None,
     data: Data = Path("data"),
     json_file: JsonFile = None,
@@ -101,14 +103,17 @@ def evaluate(
     scheme = Regions(regions, level)
     settings = _index_settings(index, m, nbits, nlist, nprobe, train_level)
     encoder = load_encoder(backbone, checkpoint, random_weights, device)
+    second_stage = Reranker.load(rerank, encoder, data) if rerank else None
     benchmark = load(dataset, data)
     started = time.perf_counter()
     described = describe(benchmark, encoder, scheme, data / "stores")
     build = ExactIndex if settings is None else lambda blocks, rows: kept(settings, blocks, rows, scheme.levels, data / "indexes", described.gallery.path.name)
     run = rank(described, index=build)
+    if second_stage:
+        run = second_stage(run, encoder, data)
     report = figures_of(run)
     report["provenance"] = provenance(dataset=dataset, data=benchmark.fingerprint, backbone=backbone, encoder=encoder.fingerprint, weights=encoder.notes,
-                                      regions=regions, level=level, index=index, seconds=round(time.perf_counter() - started, 1))
+                                      regions=regions, level=level, index=index, rerank=rerank, seconds=round(time.perf_counter() - started, 1))
     if json_file:
         _write(json_file, json.dumps(report, indent=1))
     if export:

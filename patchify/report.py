@@ -257,7 +257,7 @@ def _card(run: Path, page: dict) -> str:
     return f'<a class=page href="{link}.html">{picture}<b>{html.escape(page["name"])}</b><p>{html.escape(page["line"])}</p></a>'
 
 
-EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "compression", "training_level", "budget", "scale", "mini_encoder", "token", "asymmetric")
+EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "reranking", "compression", "training_level", "budget", "scale", "mini_encoder", "token", "asymmetric")
 LONG = ("mini_encoder", "token", "asymmetric")  # minutes each: they run when asked for by name
 
 # %% ../nbs/70_report.ipynb #c027

@@ -163,14 +163,14 @@ def test_distillation_pulls_the_student_to_its_teacher():
     torch.manual_seed(0)
     teacher = AMES(8, 16, layers=1, hidden=16).eval()
     teacher.classifier.weight.data.mul_(20)
-    student = binary_student(teacher, np.random.default_rng(0).normal(size=(8, 16)))
+    student = binary_student(teacher, np.random.default_rng(0).normal(size=(8, 16)), np.random.default_rng(1).normal(size=(200, 8)))
     gallery, instance = sets(40, 4, 8, ragged=False), np.repeat(np.arange(10), 4)
     loss = lambda _, draw: ames_loss(student, *draw_pairs(gallery, instance, draw, 32), teacher=teacher, teacher_weight=10)
     before = teacher.state_dict()["mtc_token"].clone()
     losses = train(student, loss, Plan(steps=40, learning_rate=3e-3))
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]) and torch.equal(before, teacher.mtc_token)
     with pytest.raises(ValueError, match="as many bits"):
-        binary_student(teacher, np.zeros((8, 12)))
+        binary_student(teacher, np.zeros((8, 12)), np.zeros((4, 8)))
 
 
 def test_training_resumes_to_the_same_weights(tmp_path):
