@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MASKED', 'LOCAL', 'GLOBAL', 'token_roles', 'allowed_pairs', 'Embeddings', 'token_positions', 'longformer_encoder',
            'initialise', 'stack_lists', 'LOCORE', 'load_locore', 'start_from_longformer', 'aggregate', 'locore_loss',
-           'list_recall', 'draw_lists', 'join', 'LocoreScorer', 'window_starts', 'slide', 'rerank_windows']
+           'list_recall', 'draw_lists', 'start_from_matching', 'leading_directions', 'join', 'LocoreScorer',
+           'window_starts', 'slide', 'rerank_windows']
 
 # %% ../nbs/42_locore.ipynb #c003
 import math
@@ -208,23 +209,71 @@ def list_recall(scores: Tensor,    # (N, G)
 # %% ../nbs/42_locore.ipynb #c035
 def draw_lists(gallery: Descriptors,          # training images
                instance: np.ndarray,          # (N,) int, which object each image shows
-               ranks: np.ndarray,             # (N, K) first-stage ranking of every training image as a query; itself and -1 are skipped
+               ranks: np.ndarray,             # (N, K) first-stage ranking of every image that may be a query; itself and -1 are skipped
                draw: np.random.Generator,     # everything comes from it
                batch: int = 4,                # lists
                length: int = 20,              # gallery images per list
+               depth: int | None = None,      # they are drawn from so many first ones (None: the first `length` are taken)
+               anchors: np.ndarray | None = None,  # images that may be a query (None: all)
                ) -> tuple[list[Descriptors], Tensor]:  # `batch` lists of 1 + length images, query first; positive (batch, length)
     "Shortlists as the first stage returns them, in shuffled order."
     lists, positive = [], []
     while len(lists) < batch:
-        query = int(draw.integers(len(gallery)))
-        shortlist = ranks[query][(ranks[query] >= 0) & (ranks[query] != query)][:length]
+        query = int(draw.integers(len(gallery)) if anchors is None else draw.choice(anchors))
+        shortlist = ranks[query][(ranks[query] >= 0) & (ranks[query] != query)][:depth or length]
         if len(shortlist) < length: raise ValueError(f"image {query} has only {len(shortlist)} ranked images, a list needs {length}")
-        shortlist = draw.permutation(shortlist)
+        shortlist = draw.permutation(shortlist)[:length]
         lists.append(gallery.take(np.concatenate([[query], shortlist])))
         positive.append(instance[shortlist] == instance[query])
     return lists, torch.as_tensor(np.array(positive), dtype=torch.int64)
 
 # %% ../nbs/42_locore.ipynb #c041
+@torch.no_grad()
+def start_from_matching(model: LOCORE,             # absolute positions, at least two layers; changed in place
+                        sample: np.ndarray,        # (N, C) training descriptors
+                        count: int,                # descriptors per image
+                        sharpness: float = 15.0,   # cosines times this are the attention logits
+                        threshold: float = 10.0,   # the logit of a separator
+                        ) -> LOCORE:               # the same model
+    "Set the weights so that a token is inside when its image holds descriptors with a partner in the query."
+    part, to_model = model.language_model.longformer, model.local_to_lm
+    layers, table = part.encoder.layer, part.embeddings.position_embeddings.weight
+    heads, size = layers[0].attention.self.num_heads, layers[0].attention.self.head_dim
+    bits = (len(table) // (count + 1)).bit_length()
+    if model.positions != "absolute" or len(layers) < 2 or size < bits + 4 or isinstance(to_model, nn.Identity):
+        raise ValueError(f"a matcher needs absolute positions, two layers, a projection of the descriptors and {bits + 4} channels per head")
+    content, code, flag, sink, evidence = (c.flatten() for c in torch.arange(heads * size).view(heads, size).split([size - bits - 3, bits, 1, 1, 1], 1))
+    for linear in [x for layer in layers for x in (layer.attention.output.dense, layer.output.dense)]: linear.weight *= 0.1
+    for tensor in [to_model.weight, to_model.bias, model.scale_encoder.weight, part.embeddings.token_type_embeddings.weight, part.sep_embedding]: tensor.zero_()
+    to_model.weight[content], to_model.bias[content] = leading_directions(sample, heads, size - bits - 3)
+    table *= 0.05
+    table[:, flag], table[2:2 + count, flag], part.sep_embedding[sink] = -2, 2, 8
+    table[2:, code] = ((torch.arange(len(table) - 2)[:, None] // (count + 1) >> torch.arange(bits)) % 2 * 2.0 - 1).repeat(1, heads)
+    table[:, torch.cat([sink, evidence])] = 0
+    for layer, channels, strength, bonus, heard in ((layers[0], content, sharpness, {flag: 2.5, sink: (threshold + 5) / 8}, flag), (layers[1], code, 10.0, {evidence: 1.0}, evidence)):
+        attention, scale = layer.attention.self, torch.zeros(heads * size)
+        scale[channels] = (strength * size ** 0.5 * heads / len(channels)) ** 0.5
+        for tensor in (attention.query.weight, attention.key.weight): tensor.copy_(torch.diag(scale))
+        for who, weight in bonus.items(): attention.query.bias[who], attention.key.weight[who, who] = 1, weight * size ** 0.5
+        for tensor in (attention.value.weight, layer.attention.output.dense.weight): tensor.zero_()
+        attention.value.weight[evidence, heard], layer.attention.output.dense.weight[evidence, evidence] = (0.5 if heard is flag else 1.0), 4
+    model.language_model.classifier.weight.zero_()
+    model.language_model.classifier.weight[1, evidence], model.language_model.classifier.bias[0] = 0.7, 3
+    return model
+
+def leading_directions(sample: np.ndarray,  # (N, C) descriptors
+                       heads: int,          # they take turns
+                       channels: int,       # directions per head; they repeat when C is smaller
+                       ) -> tuple[Tensor, Tensor]:  # weight (heads x channels, C) and bias of a linear layer
+    "Principal directions of unit descriptors, halfway to whitening, with outputs of mean 0 and mean square 1."
+    x = F.normalize(torch.as_tensor(sample, dtype=torch.float32), dim=-1)
+    mean, (spread, axes) = x.mean(0), torch.linalg.eigh(torch.cov(x.T))
+    order = torch.arange(heads * channels).view(-1, heads).T.flatten() % x.shape[1]
+    W = (axes.flip(1) / spread.flip(0).clamp_min(1e-8) ** 0.25)[:, order]
+    W = W / ((x - mean) @ W).square().mean().sqrt()
+    return W.T, -mean @ W
+
+# %% ../nbs/42_locore.ipynb #c045
 def join(query: Descriptors,     # one image, tensors
          gallery: Descriptors,   # k images, tensors
          ) -> Descriptors:       # 1 + k images of equally many descriptors
@@ -236,7 +285,7 @@ def join(query: Descriptors,     # one image, tensors
     if (query.summary is None) != (gallery.summary is None): raise ValueError("either both sides bring global descriptors (`summary`) or neither")
     return Descriptors(*both, None if query.summary is None else torch.cat([query.summary, gallery.summary]))
 
-# %% ../nbs/42_locore.ipynb #c042
+# %% ../nbs/42_locore.ipynb #c046
 @dataclass(frozen=True)
 class LocoreScorer:
     "A scorer for `rerank`: (query index, (k,) gallery indices in list order) -> (k,) scores."
@@ -251,7 +300,7 @@ class LocoreScorer:
         images = join(self.queries.take([query]), self.gallery.take(ids))
         return aggregate(self.model([images]), self.mode)[0].float().cpu().numpy()
 
-# %% ../nbs/42_locore.ipynb #c045
+# %% ../nbs/42_locore.ipynb #c049
 def window_starts(length: int,                      # images in the shortlist
                   window: int,                      # images per window
                   stride: int,                      # step between windows; half a window visits everything
@@ -266,7 +315,7 @@ def window_starts(length: int,                      # images in the shortlist
     if direction not in orders: raise ValueError(f"direction must be one of {', '.join(orders)}, got {direction!r}")
     return orders[direction]
 
-# %% ../nbs/42_locore.ipynb #c049
+# %% ../nbs/42_locore.ipynb #c053
 def slide(similarity: np.ndarray,       # (K,) first-stage similarity of the shortlist, by original position
           score: Callable[[np.ndarray], np.ndarray],  # (w,) original positions in their current order -> (w,) raw scores
           starts: Sequence[int],        # of the windows
@@ -283,7 +332,7 @@ def slide(similarity: np.ndarray,       # (K,) first-stage similarity of the sho
         order[start:start + window] = fuse(part, raw[None], global_weight, gain).ranks[0]
         yield members, raw, order[start:start + window].copy(), order.copy()
 
-# %% ../nbs/42_locore.ipynb #c050
+# %% ../nbs/42_locore.ipynb #c054
 def rerank_windows(result: SearchResult,                     # first stage
                    scorer: Scorer,                           # list-wise re-ranker
                    top_k: int = 400,                         # length of the shortlist

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.locore import GLOBAL, LOCORE, LocoreScorer, aggregate, allowed_pairs, draw_lists, join, load_locore, locore_loss, rerank_windows, token_positions, token_roles, window_starts
+from patchify.locore import GLOBAL, LOCORE, LocoreScorer, aggregate, allowed_pairs, draw_lists, join, load_locore, locore_loss, rerank_windows, start_from_matching, token_positions, token_roles, window_starts
 from patchify.rerank import Descriptors, rerank
 from patchify.search import SearchResult
 from patchify.train import Plan, train
@@ -201,3 +201,43 @@ def test_a_pretrained_language_model_of_another_size_is_refused():
     assert torch.equal(model.language_model.longformer.encoder.layer[0].output.dense.weight, language.encoder.layer[0].output.dense.weight)
     with pytest.raises(ValueError, match="encoder.layer.1"):
         start_from_longformer(LOCORE(**TINY), weights)
+
+
+def matching_world(objects=30, views=4, count=5, dim=12):
+    "Images that share three descriptors with others of their object; the first stage knows nothing."
+    draw = np.random.default_rng(3)
+    parts = np.repeat(draw.normal(size=(objects, 3, dim)), views, 0)
+    values = np.concatenate([parts, draw.normal(size=(objects * views, count - 3, dim))], 1).astype(np.float32)
+    ranks = np.array([draw.permutation(np.r_[0:i, i + 1:objects * views]) for i in range(objects * views)])
+    return Descriptors(values), np.repeat(np.arange(objects), views), ranks
+
+
+def test_a_matching_start_ranks_unseen_objects_before_any_training():
+    images, instance, ranks = matching_world()
+    torch.manual_seed(0)
+    model = LOCORE(local_dim=12, dim=64, layers=3, heads=2, window=12, hidden=64, max_positions=2 + 61 * 6 + 12, dropout=0.0).eval()
+    lists, positive = draw_lists(images, instance, ranks, np.random.default_rng(0), batch=12, length=60)
+    with torch.no_grad():
+        blind = aggregate(model(lists))
+        scores = aggregate(start_from_matching(model, images.values.reshape(-1, 12), count=5)(lists))
+    wins = lambda s: float(np.mean([(a[p > 0][:, None] > a[p == 0]).float().mean() for a, p in zip(s, positive) if 0 < p.sum()]))
+    assert wins(scores) > 0.85 and abs(wins(blind) - 0.5) < 0.2
+
+
+@pytest.mark.parametrize("options", [{"layers": 1}, {"positions": "segment"}, {"heads": 8}, {"local_dim": 64}])
+def test_a_model_that_cannot_match_is_refused(options):
+    model = LOCORE(**({"local_dim": 12, "dim": 64, "layers": 2, "heads": 2, "window": 8, "hidden": 64, "max_positions": 130} | options))
+    with pytest.raises(ValueError, match="a matcher needs absolute positions"):
+        start_from_matching(model, np.ones((9, options.get("local_dim", 12)), np.float32), 4)
+
+
+def test_lists_come_from_the_anchors_and_from_the_depth():
+    images, instance, ranks = matching_world()
+    drawn = {tuple(np.flatnonzero((images.values == part.values[0].numpy()).all((1, 2)))) for seed in range(8)
+             for part in draw_lists(images, instance, ranks, np.random.default_rng(seed), 2, 6, depth=9, anchors=np.array([4, 11]))[0]}
+    assert drawn == {(4,), (11,)}
+    seen = set()
+    for seed in range(8):
+        part, = draw_lists(images, instance, ranks, np.random.default_rng(seed), 1, 6, depth=9, anchors=np.array([4]))[0]
+        seen |= {int(np.flatnonzero((images.values == v.numpy()).all((1, 2)))[0]) for v in part.values[1:]}
+    assert 6 < len(seen) and seen <= set(ranks[4][:9])
