@@ -258,7 +258,7 @@ def _card(run: Path, page: dict) -> str:
 
 
 EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "reranking", "compression", "training_level", "budget", "scale", "mini_encoder", "token", "asymmetric")
-LONG = ("mini_encoder", "token", "asymmetric")  # minutes each: they run when asked for by name
+LONG = ("reranking", "mini_encoder", "token", "asymmetric")  # minutes each: they run when asked for by name
 
 # %% ../nbs/70_report.ipynb #c027
 def run_reports(
