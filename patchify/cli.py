@@ -46,7 +46,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             print(f"patchify: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
@@ -91,7 +91,7 @@ def evaluate(
     nlist: Annotated[int, typer.Option(help="ivfpq: inverted lists")] = 256,
     nprobe: Annotated[Optional[int], typer.Option(help="ivfpq: lists a query visits; default: all")] = None,
     train_level: Annotated[int, typer.Option(help="pq, ivfpq: level whose patches train the quantiser; -1: those indexed, -2: all levels together")] = -1,
-    rerank: Annotated[Optional[str], typer.Option(help="ames or ames_binary: re-rank the first images of every query")] = None,
+    rerank: Annotated[Optional[str], typer.Option(help="ames, ames_binary or locore: re-rank the first images of every query")] = None,
     device: Device = None,
     data: Data = Path("data"),
     json_file: JsonFile = None,

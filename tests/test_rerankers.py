@@ -1,0 +1,134 @@
+"The shipped re-rankers: made in a few steps, kept with their encoder, used behind a search and from the command line."
+import builtins
+import json
+import os
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from patchify.benchmark import load
+from patchify.boxes import Regions
+from patchify.cli import main
+from patchify.encoder import load_encoder
+from patchify.evaluate import describe, rank
+from patchify.rerankers import KINDS, LISTED, Reranker, local_descriptors, make_shelf, reranker_file, train_ames, train_locore, train_rerankers
+
+HERE = [kind for kind in KINDS if kind != "locore" or find_spec("transformers")]
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_encoder("mini", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def run(encoder, data):
+    return rank(describe(load("tiny", data), encoder, Regions("pyramid", 1), data / "stores"))
+
+
+@pytest.fixture(scope="module")
+def shelf(encoder, tmp_path_factory):
+    return make_shelf(encoder, 6, tmp_path_factory.mktemp("shelf"), "tiny")
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_only_the_shortlist_moves_and_every_winning_patch_stays_with_its_image(kind, encoder, run, data):
+    reranker = replace(Reranker.load(kind, encoder, data), top_k=12)
+    moved = reranker(run, encoder, data).result
+    assert (moved.ranks[:, 12:] == run.result.ranks[:, 12:]).all() and (np.sort(moved.ranks[:, :12]) == np.sort(run.result.ranks[:, :12])).all()
+    assert (moved.ranks != run.result.ranks).any()
+    for before, after, patch, kept in zip(run.result.ranks, moved.ranks, run.result.patch_ids, moved.patch_ids):
+        assert dict(zip(before, patch)) == dict(zip(after, kept))
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_shipped_weights_are_small_and_name_their_encoder(kind, encoder, data):
+    path = reranker_file(kind, encoder)
+    assert os.path.getsize(str(path)) < 5e6
+    reranker = Reranker.load(kind, encoder, data)
+    assert 0 <= reranker.global_weight < 1 and reranker.top_k > 1 and not reranker.model.training
+
+
+def test_a_shortlist_longer_than_the_gallery_is_cut_to_it(encoder, run, data):
+    reranker = replace(Reranker.load("ames", encoder, data), top_k=10**6)
+    assert (np.sort(reranker(run, encoder, data).result.ranks) == np.sort(run.result.ranks)).all()
+
+
+def test_training_and_benchmark_share_no_object(shelf, data):
+    told = [{path.name: path.read_bytes() for path in (root / "ilias_core").rglob("Q*.jpg")} for root in (shelf.run.described.benchmark.root, data / "tiny")]
+    assert not set(told[0].values()) & set(told[1].values())
+    rows = shelf.negatives()
+    judged = shelf.instance[rows[rows >= 0]]
+    assert not ((judged >= shelf.trained) & (judged < len(shelf.queries))).any()
+
+
+def test_training_goes_on_where_it_stopped(shelf, tmp_path):
+    _, whole = train_ames(shelf, 4)
+    _, again = train_ames(shelf, 4, checkpoint=tmp_path / "ames.safetensors")
+    _, resumed = train_ames(shelf, 4, checkpoint=tmp_path / "ames.safetensors")
+    assert whole == again == resumed and np.isfinite(whole).all()
+
+
+@pytest.mark.skipif("locore" not in HERE, reason="needs transformers")
+def test_a_short_training_of_locore_changes_every_matrix_that_counts(shelf):
+    before, _ = train_locore(shelf, 1)
+    after, losses = train_locore(shelf, 3)
+    assert np.isfinite(losses).all() and before.local_to_lm.weight.shape[0] == 128
+    assert not torch.equal(before.local_to_lm.weight, after.local_to_lm.weight)
+    queries, gallery = shelf.queries, shelf.gallery
+    scorer = Reranker("locore", after, 10, 0.5, 0.1).scorer(queries, gallery)
+    assert scorer.queries.count == scorer.gallery.count == LISTED and scorer(0, np.arange(8)).shape == (8,)
+
+
+def test_another_encoder_is_refused_until_its_own_are_trained(tmp_path):
+    other = load_encoder("resnet10t", random_weights=True, device="cpu")
+    with pytest.raises(ValueError, match="no re-ranker is trained for resnet10t .*python -m patchify.rerankers"):
+        Reranker.load("ames", other, tmp_path)
+    with pytest.raises(ValueError, match="did you mean"):
+        Reranker.load("amess", other, tmp_path)
+
+
+@pytest.mark.skipif("locore" not in HERE, reason="needs transformers")
+def test_an_encoder_without_re_rankers_gets_all_of_them(tmp_path):
+    other = load_encoder("mini", random_weights=True, device="cpu")
+    paths = train_rerankers(other, 6, 2, tmp_path)
+    assert [path.stem for path in paths] == list(KINDS)
+    assert all(Reranker.load(kind, other, tmp_path).kind == kind for kind in KINDS)
+
+
+def test_local_descriptors_are_read_from_disk_the_second_time(encoder, run, data, monkeypatch):
+    first = local_descriptors(run.described, encoder, data=data)
+    monkeypatch.setattr("patchify.rerankers.local_sets", None)
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(first, local_descriptors(run.described, encoder, data=data)))
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_evaluate_with_a_re_ranker(kind, data, tmp_path, capsys):
+    assert main(["evaluate", "--dataset", "tiny", "--level", "1", "--data", str(data), "--rerank", kind, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["provenance"]["rerank"] == kind and 0 <= found["map"] <= 100 and f"{found['map']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, said", [(["--rerank", "ames2"], "unknown re-ranker"),
+                                         (["--rerank", "ames", "--backbone", "resnet10t", "--random-weights"], "no re-ranker is trained")])
+def test_a_re_ranker_that_is_not_there_is_refused_in_one_sentence(words, said, data, capsys):
+    assert main(["evaluate", "--dataset", "tiny", "--level", "0", "--data", str(data), *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+
+
+def test_locore_without_its_library_is_refused_in_one_sentence(data, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("transformers"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert main(["evaluate", "--dataset", "tiny", "--level", "0", "--data", str(data), "--rerank", "locore"]) == 2
+    told = capsys.readouterr().err
+    assert "patchify[locore]" in told and "Traceback" not in told
