@@ -230,10 +230,11 @@ def draw_pairs(gallery: Descriptors,                    # training images, the s
                anchors: np.ndarray | None = None,       # images that stand on the query side (None: all that have company)
                ) -> tuple[Descriptors, Descriptors, Tensor]:  # query side, gallery side, (B,) labels 0 or 1
     "A seeded batch of image pairs, with its own number of descriptors on each side."
-    members = {i: np.flatnonzero(instance == i) for i in np.unique(instance)}
-    if anchors is None: anchors = np.flatnonzero([len(members[i]) > 1 for i in instance])
+    order = np.argsort(instance, kind="stable")                                                 # images of one object stand together
+    start, end = (np.searchsorted(instance[order], instance, side) for side in ("left", "right"))
+    if anchors is None: anchors = np.flatnonzero(end - start > 1)
     left, label = draw.choice(anchors, batch), np.arange(batch) % 2
-    right = np.array([draw.choice(np.setdiff1d(members[instance[i]], i)) if same else _negative(draw, i, instance, negatives)
+    right = np.array([draw.choice(np.setdiff1d(order[start[i]:end[i]], i)) if same else _negative(draw, i, instance, negatives)
                       for i, same in zip(left, label)])
     keep = draw.integers(min(counts[0], gallery.count), min(counts[1], gallery.count) + 1, 2)
     sides = [cut(gallery.take(side), int(n)) for side, n in zip((left, right), keep)]
