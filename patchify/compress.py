@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'FLOATS', 'DECODING', 'LOOKUP', 'MAGIC', 'FLAGS', 'training_patches', 'training_vectors', 'similarity',
-           'core_of', 'train_quantiser', 'CompressedIndex', 'append', 'into_memory', 'PQIndex', 'own', 'decoded_parts',
-           'recall', 'scan_lists', 'IVFPQIndex', 'row_map', 'probed_lists', 'scanned_parts', 'Memory', 'memory',
-           'write_index', 'open_index', 'kept', 'drop', 'drop_rows']
+           'own', 'widened', 'core_of', 'train_quantiser', 'CompressedIndex', 'append', 'into_memory', 'PQIndex',
+           'decoded_parts', 'recall', 'scan_lists', 'IVFPQIndex', 'row_map', 'probed_lists', 'scanned_parts', 'Memory',
+           'memory', 'write_index', 'open_index', 'kept', 'drop', 'drop_rows']
 
 # %% ../nbs/32_compress.ipynb #c003
 import hashlib
@@ -77,6 +77,20 @@ def similarity(
     return 2 * scores - block.square().sum(2) - queries.square().sum(1)[:, None, None]
 
 # %% ../nbs/32_compress.ipynb #c017
+def own(outer: faiss.Index, *inner) -> faiss.Index:
+    "Let a FAISS object free its parts, so that it may outlive the Python names of them."
+    outer.own_fields = True
+    for part in inner:
+        part.this.disown()
+    return outer
+
+
+def widened(pq: faiss.ProductQuantizer, width: int = 8) -> faiss.Index:
+    "An exact index for the pieces of a quantiser that pads them with zeros to this width."
+    flat, pad = faiss.IndexFlatL2(width), faiss.RemapDimensionsTransform(pq.dsub, width, False)
+    return own(faiss.IndexPreTransform(pad, flat), pad, flat)
+
+# %% ../nbs/32_compress.ipynb #c020
 def core_of(index: faiss.Index) -> faiss.Index:
     "The quantiser itself, behind the rotation of OPQ if there is one."
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
@@ -93,21 +107,27 @@ def train_quantiser(
     if not np.isfinite(vectors).all():
         raise ValueError("descriptors to train on hold NaN or infinity")
     core = core_of(index)
-    for clustering in [core.pq.cp] + ([core.cp] if hasattr(core, "cp") else []):
+    quantisers = [core.pq]
+    if core is not index:
+        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+        quantisers.append(faiss.ProductQuantizer(core.d, core.pq.M, core.pq.nbits))
+        rotation.niter, rotation.niter_pq_0, rotation.max_train_points, rotation.pq = n_iter, n_iter, len(vectors), quantisers[1]
+    for clustering in [pq.cp for pq in quantisers] + ([core.cp] if hasattr(core, "cp") else []):
         clustering.niter, clustering.seed, clustering.min_points_per_centroid = n_iter, 1234 + seed, 1
         clustering.max_points_per_centroid = points_per_centroid
-    if core is not index:
-        rotation, inner = faiss.downcast_VectorTransform(index.chain.at(0)), faiss.ProductQuantizer(core.d, core.pq.M, core.pq.nbits)
-        inner.cp.seed, inner.cp.min_points_per_centroid = 1234 + seed, 1
-        rotation.niter, rotation.max_train_points, rotation.pq = n_iter, len(vectors), inner
     if hasattr(core, "cp") and faiss.get_num_gpus():
         on_gpu = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(core.d, core.metric_type))
         core.clustering_index = on_gpu
+    if core.pq.dsub <= 4:
+        padded = widened(core.pq)
+        for pq in quantisers:
+            pq.assign_index = padded
     with threadpool_limits(1, user_api="blas"):
         index.train(vectors)
+    core.pq.assign_index = None
     return index
 
-# %% ../nbs/32_compress.ipynb #c021
+# %% ../nbs/32_compress.ipynb #c024
 @dataclass(eq=False)
 class CompressedIndex(ImageIndex):
     "What the compressed indexes share: settings, training, adding, removing and saving."
@@ -166,7 +186,7 @@ class CompressedIndex(ImageIndex):
         "Write the index to one file, all or nothing."
         return write_index(self, Path(path))
 
-# %% ../nbs/32_compress.ipynb #c023
+# %% ../nbs/32_compress.ipynb #c026
 FLOATS = 2**24  # numbers to encode at a time
 
 
@@ -205,7 +225,7 @@ def into_memory(core: faiss.Index) -> None:
     lists.this.disown()
     core.replace_invlists(lists, True)
 
-# %% ../nbs/32_compress.ipynb #c025
+# %% ../nbs/32_compress.ipynb #c028
 @dataclass(eq=False)
 class PQIndex(CompressedIndex):
     "Product quantisation: `PQIndex(n_subvectors=64).train(gallery, levels).add(gallery).search(queries)`."
@@ -241,14 +261,6 @@ class PQIndex(CompressedIndex):
         return decoded_parts(self, self.rotated(queries))
 
 
-def own(outer: faiss.Index, *inner) -> faiss.Index:
-    "Let a FAISS object free its parts, so that it may outlive the Python names of them."
-    outer.own_fields = True
-    for part in inner:
-        part.this.disown()
-    return outer
-
-
 def decoded_parts(
     index: PQIndex,
     queries: torch.Tensor,  # (Q, D), rotated as the codes are
@@ -265,7 +277,7 @@ def decoded_parts(
         best, patches = best_patches(scores)
         yield best, patches.masked_fill_(best == -torch.inf, -1)
 
-# %% ../nbs/32_compress.ipynb #c028
+# %% ../nbs/32_compress.ipynb #c031
 def recall(
     found: SearchResult,  # of a compressed index
     exact: SearchResult,  # of the exact index, same queries
@@ -275,7 +287,7 @@ def recall(
     in_both = (found.ranks[:, :k, None] == exact.ranks[:, None, :k]).any(2)
     return in_both.sum(1) / exact.ranks[:, :k].shape[1]
 
-# %% ../nbs/32_compress.ipynb #c033
+# %% ../nbs/32_compress.ipynb #c036
 def scan_lists(
     core: faiss.IndexIVFPQ,  # with nprobe set
     queries: np.ndarray,  # (Q, D) float32
@@ -294,7 +306,7 @@ def scan_lists(
     patches = torch.full(best.shape, n_patches, dtype=torch.int32).scatter_reduce_(0, cell[won], (rows[won] % n_patches).int(), "amin")
     return best.view(-1, n_images), patches.masked_fill_(patches == n_patches, -1).view(-1, n_images)
 
-# %% ../nbs/32_compress.ipynb #c035
+# %% ../nbs/32_compress.ipynb #c038
 DECODING, LOOKUP = 130, 5  # cost of decoding a descriptor and of looking up one score, in products (measured on two CPU cores)
 
 
@@ -344,7 +356,7 @@ class IVFPQIndex(PQIndex):
             return scanned_parts(self, queries)
         return decoded_parts(self, queries, probed_lists(self.core, queries) if n_probe < self.n_lists else None)
 
-# %% ../nbs/32_compress.ipynb #c037
+# %% ../nbs/32_compress.ipynb #c040
 def row_map(core: faiss.IndexIVFPQ) -> np.ndarray:  # (ntotal,) int64
     "List (upper 32 bits) and place in it (lower) of each row."
     if core.direct_map.no():
@@ -365,7 +377,7 @@ def scanned_parts(index: IVFPQIndex, queries: torch.Tensor) -> Iterator[Part]:
     some = [scan_lists(index.core, q, len(index), index.n_patches) for q in queries.cpu().split(max(1, int(2**24 / codes)))]
     yield tuple(torch.cat(tables).to(queries.device) for tables in zip(*some))
 
-# %% ../nbs/32_compress.ipynb #c048
+# %% ../nbs/32_compress.ipynb #c051
 @dataclass(frozen=True)
 class Memory:
     "Bytes of an index by what they hold."
@@ -407,8 +419,8 @@ def memory(index: CompressedIndex) -> Memory:
                   ids=8 * len(index) + (8 * core.ntotal if lists else 0), centroids=4 * lists * index.dim,
                   codebooks=4 * core.pq.centroids.size() + rotation)
 
-# %% ../nbs/32_compress.ipynb #c052
-MAGIC = b"patchify-index-1"
+# %% ../nbs/32_compress.ipynb #c055
+MAGIC = b"patchify-index-2"
 FLAGS = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | faiss.IO_FLAG_PQ_SKIP_SDC_TABLE
 
 
@@ -453,7 +465,7 @@ def open_index(path: str | Path) -> CompressedIndex:
         raise ValueError(f"{path} is damaged: {str(error).rsplit(': ', 1)[-1]}") from None
     return index
 
-# %% ../nbs/32_compress.ipynb #c055
+# %% ../nbs/32_compress.ipynb #c058
 def kept(
     index: CompressedIndex,  # settings, not trained yet
     descriptors: np.ndarray | Sequence[np.ndarray],  # gallery (n, P, D) or blocks of it
@@ -477,7 +489,7 @@ def kept(
         found.n_probe = index.n_probe
     return found
 
-# %% ../nbs/32_compress.ipynb #c058
+# %% ../nbs/32_compress.ipynb #c061
 def drop(index: CompressedIndex, gallery_ids: np.ndarray) -> None:
     "Remove images and close the gaps in the row numbers."
     unknown = np.setdiff1d(gallery_ids, index.gallery_ids)

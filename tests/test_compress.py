@@ -336,6 +336,25 @@ def test_threads_wait_passively_and_no_polysemous_training():
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split() == ["PASSIVE", "False"]
 
 
+@pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
+def test_a_gpu_takes_over_the_coarse_kmeans_alone(kind, gallery, tmp_path, monkeypatch):
+    without, given = made(kind, gallery).save(tmp_path / "cpu").read_bytes(), []
+    monkeypatch.setattr(module.faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(module.faiss, "index_cpu_to_all_gpus", lambda flat: given.append(flat) or flat)
+    assert made(kind, gallery).save(tmp_path / "gpu").read_bytes() == without
+    assert [index.ntotal for index in given] == ([16] if kind is IVFPQIndex else []), "the centroids were learnt through the index handed over"
+
+
+@pytest.mark.parametrize("pieces", [D, D // 2, D // 4])
+def test_padding_short_pieces_leaves_the_codebooks_alone(pieces, gallery):
+    vectors = gallery.reshape(-1, D)
+    ours, plain = faiss.IndexPQ(D, pieces, 4), faiss.IndexPQ(D, pieces, 4)
+    plain.pq.cp.niter, plain.pq.cp.seed, plain.pq.cp.min_points_per_centroid, plain.pq.cp.max_points_per_centroid = 3, 1234, 1, 256
+    plain.train(vectors)
+    train_quantiser(ours, vectors, 3, 256, seed=0)
+    np.testing.assert_allclose(faiss.vector_to_array(ours.pq.centroids), faiss.vector_to_array(plain.pq.centroids), atol=1e-4)
+
+
 def test_training_is_silent_and_quiet_about_few_points(gallery, capfd):
     made(IVFPQIndex, gallery, opq=True, n_iter=2)
     train_quantiser(faiss.IndexPQ(D, 6, 8), gallery.reshape(-1, D), 2, 256, seed=0)
