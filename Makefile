@@ -5,7 +5,7 @@ DATASET ?= mini
 BACKBONE ?= mini
 BIN := .venv/bin
 
-.PHONY: install reports test bench train-mini train-rerankers notebooks clean
+.PHONY: install reports test bench train-mini train-rerankers train-heads notebooks clean
 
 install: .venv/installed
 
@@ -29,6 +29,9 @@ train-mini: install
 
 train-rerankers: install
 	$(BIN)/python -m patchify.rerankers
+
+train-heads: install
+	$(BIN)/python -m patchify.trained
 
 notebooks: install
 	$(BIN)/nbdev_export

@@ -316,13 +316,17 @@ class Student(nn.Module):
         self,
         teacher: Encoder,  # whose space is learned
         size: int | None = None,  # side of its square input, pixels; None: the teacher's
+        shared: int = 0,  # stages at the end that stay the teacher's, untrained, with all that follows them
     ):
         super().__init__()
         self.model, self.size = copy.deepcopy(teacher.model).float().eval(), size or teacher.size
         self.teacher, self.moments = teacher.name, (teacher.mean, teacher.std)
         if self.size != teacher.size and hasattr(self.model, "set_input_size"):   # a transformer's table of positions
             self.model.set_input_size(img_size=self.size)
-        self.model.requires_grad_(True)
+        own = True
+        for name, parameter in self.model.named_parameters():
+            own = own and not (shared and name.startswith(teacher.model.feature_info[-shared]["module"] + "."))
+            parameter.requires_grad_(own)
 
     def forward(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self.moments)

@@ -62,18 +62,21 @@ def view_maps(
     seed: int = 0,  # of the views
     margin: float = 0.0,  # surroundings around each box
     area: tuple[float, float] = (0.2, 1.0),  # share of the crop that a view shows; Token trains with 0.2 to 1
+    batch: int = 32,  # images that the backbone reads at a time
 ) -> Tensor:  # (N, V, C, h, w) float16, V = views or 1
     "Feature maps of every crop, augmented or plain."
-    maps = []
+    images, maps = [], []
     for number, (file, box) in enumerate(zip(crops["file"], crops["box"])):
         image = open_crop(file, box, margin)
         if views:
-            images = render(image, draw_views(*image.size, views, np.random.default_rng([seed, number]), area=area), size)
+            images.append(render(image, draw_views(*image.size, views, np.random.default_rng([seed, number]), area=area), size))
         else:
-            images = torch.from_numpy(np.array(image.resize((size, size)))).permute(2, 0, 1)[None].float() / 255
-        with torch.no_grad():
-            maps.append(feature_map(images).half().cpu())
-    return torch.stack(maps)
+            images.append(torch.from_numpy(np.array(image.resize((size, size)))).permute(2, 0, 1)[None].float() / 255)
+        if len(images) * max(views, 1) >= batch or number + 1 == len(crops):
+            with torch.no_grad():
+                maps.append(feature_map(torch.cat(images)).half().cpu())
+            images = []
+    return torch.cat(maps).unflatten(0, (len(crops), max(views, 1)))
 
 # %% ../nbs/47_heads.ipynb #c013
 class Classifier(nn.Module):
