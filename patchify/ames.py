@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rerank import Descriptors, load_weights, read_weights
+from .rerank import Descriptors, leading_directions, load_weights, read_weights
 
 # %% ../nbs/41_ames.ipynb #c006
 def attention_masks(query_valid: Tensor,    # (B, Q) bool, True = real
@@ -263,17 +263,12 @@ def start_as_matcher(model: AMES,              # full precision, normalises firs
     heads = layers[0].cross_attn.heads
     ends = torch.arange(1, heads + 1) * (D // heads)
     flag, sink, evidence = ends - 3, ends - 2, ends - 1
-    content = torch.tensor([c for c in range(D) if c % (D // heads) < D // heads - 3])[: sample.shape[1] * heads]
-    x = F.normalize(torch.as_tensor(sample, dtype=torch.float32), dim=-1)
-    mean, (spread, axes) = x.mean(0), torch.linalg.eigh(torch.cov(x.T))
-    order = torch.arange(len(content)).view(heads, -1).T.flatten().argsort() % x.shape[1]          # the leading directions take turns between the heads
-    W = (axes.flip(1) / spread.flip(0).clamp_min(1e-8) ** 0.25)[:, order]                          # halfway to whitening
-    W = W / ((x - mean) @ W).square().mean().sqrt()
+    content = torch.tensor([c for c in range(D) if c % (D // heads) < D // heads - 3])
     first, heard, told = model.remap_local[0], layers[0].cross_attn, layers[1].self_attn
     for part in [first.weight, first.bias, model.mtc_token, model.classifier.weight, heard.in_proj_weight, heard.out_proj.weight, told.in_proj_weight, told.out_proj.weight]: part.zero_()
     for layer in layers:
         for linear in (layer.self_attn.out_proj, layer.cross_attn.out_proj, layer.linear2): linear.weight *= 0.1
-    first.weight[content], first.bias[content] = W.T, -mean @ W
+    first.weight[content], first.bias[content] = leading_directions(sample, heads, D // heads - 3)
     first.bias[flag] = first.bias[sink] = 1
     model.mtc_token[flag], model.mtc_token[sink] = -1, (D / heads) ** 0.5                          # unit deviation, as a normalised descriptor has
     scale = torch.zeros(D)

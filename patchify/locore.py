@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MASKED', 'LOCAL', 'GLOBAL', 'token_roles', 'allowed_pairs', 'Embeddings', 'token_positions', 'longformer_encoder',
            'initialise', 'stack_lists', 'LOCORE', 'load_locore', 'start_from_longformer', 'aggregate', 'locore_loss',
-           'list_recall', 'draw_lists', 'start_from_matching', 'leading_directions', 'join', 'LocoreScorer',
-           'window_starts', 'slide', 'rerank_windows']
+           'list_recall', 'draw_lists', 'start_from_matching', 'join', 'LocoreScorer', 'window_starts', 'slide',
+           'rerank_windows']
 
 # %% ../nbs/42_locore.ipynb #c003
 import math
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rerank import Descriptors, Scorer, fuse, load_weights, move_junk_last, reached, read_weights
+from .rerank import Descriptors, Scorer, fuse, leading_directions, load_weights, move_junk_last, reached, read_weights
 from .search import SearchResult
 
 # %% ../nbs/42_locore.ipynb #c006
@@ -260,18 +260,6 @@ def start_from_matching(model: LOCORE,             # absolute positions, at leas
     model.language_model.classifier.weight.zero_()
     model.language_model.classifier.weight[1, evidence], model.language_model.classifier.bias[0] = 0.7, 3
     return model
-
-def leading_directions(sample: np.ndarray,  # (N, C) descriptors
-                       heads: int,          # they take turns
-                       channels: int,       # directions per head; they repeat when C is smaller
-                       ) -> tuple[Tensor, Tensor]:  # weight (heads x channels, C) and bias of a linear layer
-    "Principal directions of unit descriptors, halfway to whitening, with outputs of mean 0 and mean square 1."
-    x = F.normalize(torch.as_tensor(sample, dtype=torch.float32), dim=-1)
-    mean, (spread, axes) = x.mean(0), torch.linalg.eigh(torch.cov(x.T))
-    order = torch.arange(heads * channels).view(-1, heads).T.flatten() % x.shape[1]
-    W = (axes.flip(1) / spread.flip(0).clamp_min(1e-8) ** 0.25)[:, order]
-    W = W / ((x - mean) @ W).square().mean().sqrt()
-    return W.T, -mean @ W
 
 # %% ../nbs/42_locore.ipynb #c045
 def join(query: Descriptors,     # one image, tensors

@@ -258,7 +258,7 @@ def _card(run: Path, page: dict) -> str:
 
 
 EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "reranking", "compression", "training_level", "budget", "scale", "mini_encoder", "token", "asymmetric")
-LONG = ("reranking", "token", "asymmetric", "mini_encoder")  # they train networks or compare millions of pairs, and run when asked for by name
+LONG = ("reranking", "token", "asymmetric", "mini_encoder")  # they train networks or score many pairs: minutes each, by name only
 
 # %% ../nbs/70_report.ipynb #c027
 def run_reports(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'reached', 'fuse', 'lift', 'move_junk_last', 'score_shortlist', 'rerank', 'Tuned', 'tune', 'Descriptors',
-           'rows', 'from_columns', 'read_weights', 'load_weights']
+           'rows', 'from_columns', 'leading_directions', 'read_weights', 'load_weights']
 
 # %% ../nbs/40_rerank.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .search import SearchResult
 
@@ -171,6 +173,19 @@ def from_columns(features: np.ndarray,          # (N, T, 5 + C): x, y, scale ind
     return Descriptors(features[..., 5:], features[..., 3] == 0, features[..., 2].astype(np.int64), summary)
 
 # %% ../nbs/40_rerank.ipynb #c035
+def leading_directions(sample: np.ndarray,  # (N, C) descriptors
+                       heads: int,          # they take turns
+                       channels: int,       # directions per head; they repeat when C is smaller
+                       ) -> tuple[Tensor, Tensor]:  # weight (heads x channels, C) and bias of a linear layer
+    "Principal directions of unit descriptors, halfway to whitening, with outputs of mean 0 and mean square 1."
+    x = F.normalize(torch.as_tensor(sample, dtype=torch.float32), dim=-1)
+    mean, (spread, axes) = x.mean(0), torch.linalg.eigh(torch.cov(x.T))
+    order = torch.arange(heads * channels).view(-1, heads).T.flatten() % x.shape[1]
+    W = (axes.flip(1) / spread.flip(0).clamp_min(1e-8) ** 0.25)[:, order]
+    W = W / ((x - mean) @ W).square().mean().sqrt()
+    return W.T, -mean @ W
+
+# %% ../nbs/40_rerank.ipynb #c038
 def read_weights(file: str | Path) -> dict[str, torch.Tensor]:  # tensors by name; PyTorch files may wrap them in "state" or "state_dict"
     "Tensors of a safetensors or PyTorch checkpoint; never unpickles code."
     if Path(file).suffix == ".safetensors": return load_file(str(file))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'LISTED', 'LENGTH', 'KINDS', 'local_descriptors', 'Shelf', 'make_shelf', 'train_ames', 'train_locore',
-           'reranker_scorer', 'tune_reranker', 'reranker_file', 'weights_of', 'save_reranker', 'stored_bytes',
-           'Reranker', 'train_rerankers', 'main']
+           'reranker_scorer', 'tune_reranker', 'reranker_file', 'save_reranker', 'stored_bytes', 'Reranker',
+           'train_rerankers', 'main']
 
 # %% ../nbs/53_rerankers.ipynb #c003
 import argparse
@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -25,14 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .ames import AMES, AmesScorer, PackedDescriptors, ames_loss, binary_student, draw_pairs, itq, load_ames, pack, start_as_matcher
-from .benchmark import load_ilias, suggest
+from .benchmark import suggest
 from .boxes import Regions
-from .encoder import MINI_WEIGHTS, Encoder, load_encoder
+from .encoder import Encoder, load_encoder, weights_of
 from .evaluate import Described, Retrieval, describe, rank
 from .local import local_sets
 from .locore import LOCORE, LocoreScorer, draw_lists, load_locore, locore_loss, start_from_matching
 from .metrics import average_precisions
-from .mini import make_mini
+from .mini import load_shelf
 from .rerank import Descriptors, Tuned, rerank, tune
 from .search import SearchResult
 from .train import Plan, train
@@ -87,22 +87,13 @@ class Shelf:
         held_out = (self.instance[rows] >= self.trained) & (self.instance[rows] < len(self.queries))
         return np.where(held_out, -1, rows)
 
-    def validation(self) -> tuple[SearchResult, Sequence[np.ndarray]]:
-        "First-stage result of all queries with only the validation ones to be judged: (result, positives)."
-        positives = self.run.described.benchmark.positives
-        return self.run.result, [p if q >= self.trained else p[:0] for q, p in enumerate(positives)]
-
 def make_shelf(
     encoder: Encoder,
     products: int = 300,  # how many
     data: str | Path = "data",  # folder for drawings, stores and descriptors
-    size: str = "mini",  # of the scenes: mini, or tiny for trying things out
 ) -> Shelf:
     "Draw the shelf, or find it drawn; describe and search it."
-    folder = Path(data) / f"shelf-{products}"
-    if not folder.exists():
-        make_mini(folder, instances=products, seed=1, size=size)
-    described = describe(load_ilias(folder), encoder, Regions("pyramid", 3), Path(data) / "stores")
+    described = describe(load_shelf(products, data), encoder, Regions("pyramid", 3), Path(data) / "stores")
     return Shelf(rank(described), *local_descriptors(described, encoder, data=data))
 
 # %% ../nbs/53_rerankers.ipynb #c012
@@ -176,9 +167,8 @@ def tune_reranker(
     top_k: Sequence[int] = (50, 100),  # shortlist lengths to try
 ) -> Tuned:  # the settings with the highest mAP
     "Choose shortlist length, weight and gain on the products that were not trained on."
-    result, positives = shelf.validation()
-    some = slice(shelf.trained, None)
-    result, positives = SearchResult(result.scores[some], result.ranks[some], result.patch_ids[some]), positives[some]
+    result, some = shelf.run.result, slice(shelf.trained, None)
+    result, positives = SearchResult(result.scores[some], result.ranks[some], result.patch_ids[some]), shelf.run.described.benchmark.positives[some]
     scorer = reranker_scorer(model, Descriptors(shelf.queries.values[some]), shelf.gallery)
     metric = lambda found: float(np.nanmean(average_precisions(found.ranks, positives, k=1000, variant="ilias", scores=found.scores)))
     return tune(result, scorer, metric, [min(k, result.ranks.shape[1]) for k in top_k], gain=(0.03, 0.1, 0.3, 1.0))
@@ -198,10 +188,6 @@ def reranker_file(
         return files("patchify") / "weights" / f"{kind}.safetensors"
     return Path(data) / "rerankers" / encoder.fingerprint / f"{kind}.safetensors"
 
-def weights_of(encoder: Encoder) -> str:
-    "What identifies the encoder's weights in a re-ranker's file, whatever number type they run in."
-    return hashlib.sha256(Path(str(MINI_WEIGHTS)).read_bytes()).hexdigest()[:12] if encoder.notes == "shipped" else encoder.fingerprint
-
 def save_reranker(
     path: str | Path,  # safetensors file
     model: AMES | LOCORE,
@@ -210,7 +196,7 @@ def save_reranker(
     record: dict,  # what else is worth knowing
 ) -> Path:
     "Write a model in float16 with the settings and the encoder that it belongs to."
-    settings = {name: value for name, value in asdict(replace(tuned, table=None)).items() if name != "table"}
+    settings = dict(top_k=tuned.top_k, global_weight=tuned.global_weight, gain=tuned.gain)
     about = dict(encoder=weights_of(encoder), settings=json.dumps(settings), record=json.dumps(record))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous().cpu() for name, tensor in model.state_dict().items()}, path, metadata=about)
@@ -264,7 +250,7 @@ def train_rerankers(
     data: str | Path = "data",  # folder of drawings, stores and checkpoints
 ) -> list[Path]:  # the files, one for each of KINDS
     "Draw the shelf, train and tune every kind of re-ranker for an encoder, and write its file."
-    shelf, teacher, paths = make_shelf(encoder, products, data, "mini" if products >= 50 else "tiny"), None, []
+    shelf, teacher, paths = make_shelf(encoder, products, data), None, []
     for kind in KINDS:
         state = Path(data) / "rerankers" / f"{encoder.fingerprint}-{products}-{steps}-{kind}.safetensors"
         model, losses = train_locore(shelf, steps * 5 // 8, state) if kind == "locore" else train_ames(shelf, steps, teacher, state)

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .asymmetric import Student, distillation_loss, draw_views, render
-from .benchmark import RetrievalSet, load, load_ilias
+from .benchmark import RetrievalSet, load
 from .classes import LabelledSet
-from .encoder import MINI_WEIGHTS, Encoder, load_encoder
+from .encoder import Encoder, load_encoder, weights_of
 from .heads import labelled_crops, open_crop, train_head, view_maps
-from .mini import make_mini
+from .mini import load_shelf
 from .token import POOLINGS, PoolHead, TokenHead
 from .train import Plan, train
 
@@ -47,10 +47,7 @@ class Lessons:
         "Where the crops come from; drawn on first use."
         if self.training:
             return load(self.training, self.data)
-        folder = Path(self.data) / f"shelf-{self.products}"
-        if not folder.exists():
-            make_mini(folder, instances=self.products, seed=1, size="mini" if self.products >= 50 else "tiny")
-        return load_ilias(folder)
+        return load_shelf(self.products, self.data)
 
     @cached_property
     def crops(self) -> pd.DataFrame:  # file, box, label
@@ -76,9 +73,8 @@ def key_of(
     encoder: Encoder,  # the teacher, or the backbone of a head
     *about,  # all else that determines a network
 ) -> str:
-    "Hash of an encoder's weights and of settings; the number type that the shipped encoder runs in does not count."
-    weights = hashlib.sha256(Path(str(MINI_WEIGHTS)).read_bytes()).hexdigest()[:12] if encoder.notes == "shipped" else encoder.fingerprint
-    return hashlib.sha256(repr((weights, *about)).encode()).hexdigest()[:12]
+    "Hash of an encoder's weights and of settings."
+    return hashlib.sha256(repr((weights_of(encoder), *about)).encode()).hexdigest()[:12]
 
 
 def keep(

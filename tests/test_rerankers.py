@@ -32,7 +32,7 @@ def run(encoder, data):
 
 @pytest.fixture(scope="module")
 def shelf(encoder, tmp_path_factory):
-    return make_shelf(encoder, 6, tmp_path_factory.mktemp("shelf"), "tiny")
+    return make_shelf(encoder, 6, tmp_path_factory.mktemp("shelf"))
 
 
 @pytest.mark.parametrize("kind", HERE)
