@@ -47,7 +47,7 @@ class LabelledSet:
         parts = self.images.groupby("part")
         return f"LabelledSet({self.name!r}: " + ", ".join(f"{part} {len(rows)} images of {rows['label'].nunique()} classes" for part, rows in parts) + ")"
 
-
+# %% ../nbs/11_classes.ipynb #c009
 def _table(rows: list[tuple]) -> pd.DataFrame:
     "Rows of (path, label, part, box) as the table of a LabelledSet; the path is the id."
     table = pd.DataFrame(rows, columns=["path", "label", "part", "box"])
@@ -72,7 +72,7 @@ def _columns(path: Path, count: int, skip: int = 0) -> Iterator[list[str]]:
                 raise ValueError(f"{path}, line {number}: expected {count} fields, got {line.strip()!r}")
             yield fields
 
-# %% ../nbs/11_classes.ipynb #c008
+# %% ../nbs/11_classes.ipynb #c012
 def load_cub(
     folder: str | Path,  # CUB_200_2011, or the folder it was unpacked in
 ) -> LabelledSet:
@@ -87,7 +87,7 @@ def load_cub(
     return LabelledSet("cub", root, _table([
         (f"images/{path}", path.split("/")[0], "train" if int(labels[i]) <= half else "test", boxes.get(i)) for i, path in paths.items()]))
 
-# %% ../nbs/11_classes.ipynb #c014
+# %% ../nbs/11_classes.ipynb #c018
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8", 16: "u1"}
 
 
@@ -124,7 +124,7 @@ def _matrix(data: memoryview) -> tuple[str, object]:
         return name, bytes(numbers).decode() if rest and rest[0][0] == 16 else "".join(map(chr, numbers))
     return name, numbers
 
-
+# %% ../nbs/11_classes.ipynb #c019
 def read_mat(
     path: str | Path,  # a MATLAB file of level 5, little-endian
 ) -> dict[str, object]:  # name -> text, numbers, list of cells, or dict of lists of a struct array
@@ -134,7 +134,7 @@ def read_mat(
         raise ValueError(f"{path} is not a MATLAB file of level 5")
     return dict(_matrix(content) for kind, content in _elements(memoryview(data)[128:]) if kind == 14)
 
-# %% ../nbs/11_classes.ipynb #c015
+
 def load_cars(
     folder: str | Path,  # the folder with cars_annos.mat and car_ims/
 ) -> LabelledSet:
@@ -148,7 +148,7 @@ def load_cars(
     return LabelledSet("cars", root, _table([
         (path, names[c - 1], "train" if c <= len(names) // 2 else "test", box) for path, c, box in zip(cars["relative_im_path"], classes, boxes)]))
 
-# %% ../nbs/11_classes.ipynb #c020
+# %% ../nbs/11_classes.ipynb #c024
 def load_sop(
     folder: str | Path,  # Stanford_Online_Products, or the folder it was unpacked in
 ) -> LabelledSet:
@@ -171,7 +171,7 @@ def load_inshop(
         boxes = {name: np.array(corners, np.float32) for name, _, _, *corners in _columns(path, 7, skip=2)}
     return LabelledSet("inshop", root, _table([(where + name, item, part, boxes.get(name)) for name, item, part in _columns(listed, 3, skip=2)]))
 
-# %% ../nbs/11_classes.ipynb #c024
+# %% ../nbs/11_classes.ipynb #c028
 @dataclass(frozen=True, repr=False)
 class ListedSet(RetrievalSet):
     "A retrieval task whose queries list their own positives, as gallery ids in the column `listed`."
@@ -204,7 +204,7 @@ def load_gldv2_train(
     return LabelledSet("gldv2", root, _table([
         (_landmark_path("train", name), label, "train", None) for label, names in _records(root, "train_clean.csv", "landmark_id", "images") for name in names.split()]))
 
-# %% ../nbs/11_classes.ipynb #c025
+# %% ../nbs/11_classes.ipynb #c029
 def load_gldv2(
     folder: str | Path,  # the folder with index.csv and retrieval_solution_v2.1.csv
     usage: str | None = None,  # "Public" or "Private" half of the queries; None: both

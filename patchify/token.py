@@ -222,7 +222,7 @@ class TokenStages:
     refined: Tensor  # (B, L, m) after refinement
     output: Tensor  # (B, dim), not normalised
 
-
+# %% ../nbs/44_token.ipynb #c037
 class TokenHead(nn.Module):
     "Visual tokens and their refinement: (B, C, h, w) -> (B, dim), not normalised. The defaults are the published model."
 
@@ -262,7 +262,7 @@ class TokenHead(nn.Module):
     def forward(self, feature_map: Tensor) -> Tensor:
         return self.stages(feature_map).output
 
-# %% ../nbs/44_token.ipynb #c043
+# %% ../nbs/44_token.ipynb #c044
 def read_tensors(
     path: str | Path,  # .safetensors, or a torch file of tensors (loaded with weights_only)
 ) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ def load_strict(
     module.load_state_dict(tensors)
     return module
 
-# %% ../nbs/44_token.ipynb #c044
+# %% ../nbs/44_token.ipynb #c045
 def load_token_head(
     source: str | Path | Mapping[str, Tensor],  # checkpoint of the head or of the whole model, or its tensors
     heads: int = 8,  # attention heads, which the weights do not reveal
@@ -309,7 +309,7 @@ def load_token_head(
     head = TokenHead(in_channels, len(tensors["proj.0.weight"]), mid_dim, n_tokens, heads, layers["encoder"], layers["decoder"])
     return load_strict(head, tensors).eval()
 
-# %% ../nbs/44_token.ipynb #c048
+# %% ../nbs/44_token.ipynb #c049
 class ArcFace(nn.Module):
     "Logits with an angular margin for the true class: (B, D), labels (B,) -> (B, classes). Token trains with s = 32, m = 0.2."
 
@@ -332,7 +332,7 @@ class ArcFace(nn.Module):
             angles = torch.where(true & (angles <= torch.pi - self.margin), angles + self.margin, angles)
         return self.scale * angles.cos()
 
-# %% ../nbs/44_token.ipynb #c052
+# %% ../nbs/44_token.ipynb #c053
 class FeatureMap(nn.Module):
     "A timm model as a backbone: images (B, 3, H, W) in [0, 1] -> feature map (B, C, h, w)."
 
@@ -360,7 +360,7 @@ class FeatureMap(nn.Module):
         tokens = features[:, getattr(self.model, "num_prefix_tokens", 0):]
         return tokens.transpose(1, 2).unflatten(2, (height // self.patch[0], width // self.patch[1]))
 
-# %% ../nbs/44_token.ipynb #c055
+# %% ../nbs/44_token.ipynb #c056
 class DescriptorNet(nn.Module):
     "Backbone and head: images (B, 3, H, W) in [0, 1] -> (B, D)."
 
@@ -389,7 +389,7 @@ class DescriptorNet(nn.Module):
         finally:
             self.train(was_training)
 
-# %% ../nbs/44_token.ipynb #c057
+# %% ../nbs/44_token.ipynb #c058
 SCALES = (1.0, 2**0.5, 0.5**0.5)
 
 
@@ -415,7 +415,7 @@ def limit_size(
     image.thumbnail((limit, limit), Image.Resampling.LANCZOS)
     return image
 
-# %% ../nbs/44_token.ipynb #c065
+# %% ../nbs/44_token.ipynb #c066
 def token_maps(
     net: DescriptorNet,  # with a TokenHead
     images: Tensor,  # (B, 3, H, W) in [0, 1]
