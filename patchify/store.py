@@ -179,7 +179,7 @@ def _describe(
         found = pool_regions(feature_map, np.stack([cut.fractions if cut else np.tile(np.float32([0, 0, 1, 1]), (regions.count, 1)) for cut in cuts]))
     return found.float().cpu().numpy()
 
-
+# %% ../nbs/24_store.ipynb #c030
 def _describe_shard(
     rows: range,  # of the table, in this shard
     cuts: Iterator[_Cut | str],  # of these rows, in order
@@ -195,7 +195,7 @@ def _describe_shard(
         vectors = _describe(readable, encoder, regions, batch) if any(readable) else readable
         yield from zip(range(first, rows.stop), found, vectors)
 
-# %% ../nbs/24_store.ipynb #c030
+# %% ../nbs/24_store.ipynb #c033
 def _ahead(
     pool: Executor,  # does the work
     work: Callable,  # called once per item
@@ -211,7 +211,7 @@ def _ahead(
     while waiting:
         yield waiting.popleft().result()
 
-# %% ../nbs/24_store.ipynb #c033
+# %% ../nbs/24_store.ipynb #c036
 def _read_manifest(folder: Path) -> dict:
     "The manifest of a store of this format."
     try:
@@ -225,45 +225,16 @@ def _read_manifest(folder: Path) -> dict:
         raise ValueError(f"{folder} is a store of format {found}, this version reads format {FORMAT}: extract it again into another folder")
     return manifest
 
-
+# %% ../nbs/24_store.ipynb #c039
 @dataclass(frozen=True, repr=False, eq=False)
-class Store:
-    "Descriptors of an image collection on disk. Open one with `Store.open`, make one with `extract`."
-    path: Path  # its folder
+class _Shards:
+    "Which images and boxes the shards of a folder describe."
+    path: Path  # the folder
     manifest: dict  # the settings it was made with, and the counts
     counts: tuple[int, ...]  # images per shard
-    seconds: float | None = None  # what making all of it took, when it was made just now
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,  # folder of the store
-    ) -> "Store":
-        "Open a finished store; ValueError says what is wrong with it."
-        path, manifest = Path(path), _read_manifest(Path(path))
-        if not manifest.get("complete"):
-            raise ValueError(f"the store in {path} is unfinished: run the extraction again, it goes on where it stopped")
-        return cls(path, manifest, tuple(_check_shard(path, k, manifest["patches"]) for k in range(manifest["shards"])))
 
     def __len__(self) -> int:
         return sum(self.counts)
-
-    @property
-    def regions(self) -> Regions:
-        "The region scheme."
-        return Regions(**self.manifest["regions"])
-
-    def descriptors(
-        self,
-        level: int | None = None,  # of a pyramid or pool store: use levels 0..level only; None: all patches
-    ) -> list[np.ndarray]:  # memory maps (n_i, P, D), image after image
-        "All descriptors as memory-mapped blocks (n_i, P, D); their images are those of `rows`, in order."
-        P, levels = self.manifest["patches"], self.regions.levels
-        if level is not None and not 0 <= level <= levels[-1]:
-            raise ValueError(f"level {level} is not in this store of {self.regions.kind} regions, which has {f'levels 0 to {levels[-1]}' if levels[-1] >= 0 else 'no levels'}")
-        kept = P if level is None else int((levels <= level).sum())
-        files = [_shard_files(self.path, k)[0] for k, count in enumerate(self.counts) if count]
-        return [(block := np.load(file, mmap_mode="r")).reshape(-1, P, block.shape[1])[:, :kept] for file in files]
 
     @cached_property
     def _images(self) -> pd.DataFrame:
@@ -283,22 +254,55 @@ class Store:
 
     @cached_property
     def _boxes(self) -> dict[int, np.ndarray]:
-        return {}
+        return {}  # of the shards that were asked for: number -> (n_i, P, 4)
 
     def boxes(
         self,
         row: int,  # an image, by its row in the extracted table
     ) -> np.ndarray:  # (P, 4) float32 xyxy in pixels of the original image
         "The boxes of an image's patches: row of the table -> (P, 4)."
-        at = int(np.searchsorted(self.rows, row))
+        at, ends = int(np.searchsorted(self.rows, row)), np.cumsum(self.counts)
         if at == len(self) or self.rows[at] != row:
             raise ValueError(f"row {row} of the images is not in {self.path}: it failed, or there is no such row")
-        ends = np.cumsum(self.counts)
         shard = int(np.searchsorted(ends, at, side="right"))
         if shard not in self._boxes:
             columns = pq.read_table(_shard_files(self.path, shard)[1], columns=["x0", "y0", "x1", "y1"])
             self._boxes[shard] = np.column_stack(columns.columns).reshape(self.counts[shard], -1, 4)
         return self._boxes[shard][at - (ends[shard] - self.counts[shard])]
+
+# %% ../nbs/24_store.ipynb #c042
+@dataclass(frozen=True, repr=False, eq=False)
+class Store(_Shards):
+    "Descriptors of an image collection on disk. Open one with `Store.open`, make one with `extract`."
+    seconds: float | None = None  # what making all of it took, when it was made just now
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,  # folder of the store
+    ) -> "Store":
+        "Open a finished store; ValueError says what is wrong with it."
+        path, manifest = Path(path), _read_manifest(Path(path))
+        if not manifest.get("complete"):
+            raise ValueError(f"the store in {path} is unfinished: run the extraction again, it goes on where it stopped")
+        return cls(path, manifest, tuple(_check_shard(path, k, manifest["patches"]) for k in range(manifest["shards"])))
+
+    @property
+    def regions(self) -> Regions:
+        "The region scheme."
+        return Regions(**self.manifest["regions"])
+
+    def descriptors(
+        self,
+        level: int | None = None,  # of a pyramid or pool store: use levels 0..level only; None: all patches
+    ) -> list[np.ndarray]:  # memory maps (n_i, P, D), image after image
+        "All descriptors as memory-mapped blocks (n_i, P, D); their images are those of `rows`, in order."
+        P, levels = self.manifest["patches"], self.regions.levels
+        if level is not None and not 0 <= level <= levels[-1]:
+            raise ValueError(f"level {level} is not in this store of {self.regions.kind} regions, which has {f'levels 0 to {levels[-1]}' if levels[-1] >= 0 else 'no levels'}")
+        kept = P if level is None else int((levels <= level).sum())
+        files = [_shard_files(self.path, k)[0] for k, count in enumerate(self.counts) if count]
+        return [(block := np.load(file, mmap_mode="r")).reshape(-1, P, block.shape[1])[:, :kept] for file in files]
 
     @property
     def failures(self) -> pd.DataFrame:
@@ -309,7 +313,7 @@ class Store:
         m = self.manifest
         return f"Store({len(self)} images x {m['patches']} patches of {m['encoder']}, {m['dtype']}; {m['failed']} images failed)"
 
-# %% ../nbs/24_store.ipynb #c035
+# %% ../nbs/24_store.ipynb #c045
 def _claim(out: Path, settings: dict) -> bool:
     "Make the folder of a store, or check that it belongs to these settings; whether it is complete."
     out.mkdir(parents=True, exist_ok=True)
@@ -328,18 +332,7 @@ def _claim(out: Path, settings: dict) -> bool:
 def _write_manifest(out: Path, manifest: dict) -> None:
     _write_whole(out / "manifest.json", lambda file: file.write((json.dumps(manifest, indent=1) + "\n").encode()))
 
-
-def _is_done(out: Path, shard: int, patches: int) -> bool:
-    "Whether a shard is there and sound; a damaged one is made again."
-    if not _shard_files(out, shard)[0].exists():
-        return False
-    try:
-        return _check_shard(out, shard, patches) >= 0
-    except ValueError as error:
-        tqdm.write(f"{error} (done now)", file=sys.stderr)
-        return False
-
-# %% ../nbs/24_store.ipynb #c038
+# %% ../nbs/24_store.ipynb #c048
 def _extract_shards(
     out: Path,  # folder of the store
     todo: Sequence[int],  # shards to make
@@ -373,7 +366,18 @@ def _extract_shards(
         pool.shutdown(cancel_futures=True)
         bar.close()
 
-# %% ../nbs/24_store.ipynb #c040
+# %% ../nbs/24_store.ipynb #c051
+def _is_done(out: Path, shard: int, patches: int) -> bool:
+    "Whether a shard is there and sound; a damaged one is made again."
+    if not _shard_files(out, shard)[0].exists():
+        return False
+    try:
+        return _check_shard(out, shard, patches) >= 0
+    except ValueError as error:
+        tqdm.write(f"{error} (done now)", file=sys.stderr)
+        return False
+
+# %% ../nbs/24_store.ipynb #c054
 def _finish(out: Path, settings: dict, paths: Sequence[str]) -> None:
     "Gather failures, tidy up, and declare the store complete."
     files = sorted(out.glob("patches-*.parquet"))
@@ -387,7 +391,7 @@ def _finish(out: Path, settings: dict, paths: Sequence[str]) -> None:
     counts = {"shards": len(files), "extracted": len(paths) - len(failures), "failed": len(failures), "complete": True}
     _write_manifest(out, settings | counts)
 
-
+# %% ../nbs/24_store.ipynb #c057
 def extract(
     images: pd.DataFrame | Sequence[str | Path],  # paths, or a table with id, path and, for queries, box
     encoder: Encoder,  # describes the patches
