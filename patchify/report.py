@@ -79,7 +79,22 @@ def _cell(value: object, digits: int) -> object:
         return f"{value:,.{digits}f}"
     return f"{value:,}" if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else value
 
+# %% ../nbs/70_report.ipynb #c012
+def _banner(benchmark: object, encoder: object) -> str:
+    "Data, encoder and machine in one line of HTML."
+    warning = "<p class=warning>Random weights: a dry run. No number on this page means anything.</p>" if "random" in encoder.notes else ""
+    facts = (("data", f"{benchmark.name}: {len(benchmark.queries):,} queries, {len(benchmark.gallery):,} gallery images"),
+             ("encoder", f"{encoder.name}, {encoder.size} px, {encoder.dim}-d, {encoder.notes} weights".replace("weights weights", "weights")), ("device", hardware()))
+    return warning + "<p class=banner>" + " · ".join(f"<b>{k}</b> {html.escape(v)}" for k, v in facts) + "</p>"
 
+
+def _ending(checks: list[str], facts: dict) -> str:
+    "What was checked, and the provenance, as HTML."
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(json.dumps(v) if isinstance(v, dict) else str(v))}</td></tr>" for k, v in facts.items())
+    claims = "".join(f"<li>{html.escape(claim)}</li>" for claim in checks)
+    return f"<h2>Checked</h2><ul class=checks>{claims}</ul><h2>Provenance</h2><table class=provenance>{rows}</table>"
+
+# %% ../nbs/70_report.ipynb #c015
 @dataclass
 class Page:
     "One experiment's output: tables, figures, checks, and the facts for the index."
@@ -99,10 +114,7 @@ class Page:
     def banner(self, benchmark: object, encoder: object) -> None:
         "Say what the page is made from; loudly when the weights are random."
         self.facts |= {"data": f"{benchmark.name} {benchmark.fingerprint}", "encoder": f"{encoder.name} {encoder.fingerprint}", "weights": encoder.notes}
-        warning = "<p class=warning>Random weights: a dry run. No number on this page means anything.</p>" if "random" in encoder.notes else ""
-        facts = (("data", f"{benchmark.name}: {len(benchmark.queries):,} queries, {len(benchmark.gallery):,} gallery images"),
-                 ("encoder", f"{encoder.name}, {encoder.size} px, {encoder.dim}-d, {encoder.notes} weights".replace("weights weights", "weights")), ("device", hardware()))
-        display(HTML(warning + "<p class=banner>" + " · ".join(f"<b>{k}</b> {html.escape(v)}" for k, v in facts) + "</p>"))
+        display(HTML(_banner(benchmark, encoder)))
 
     def table(self, name: str, table: pd.DataFrame, shown: pd.DataFrame | None = None, digits: int = 2, timing: bool = False) -> None:
         "Keep a table as csv and show it, or a more compact view of it; missing cells read 'not run'."
@@ -128,11 +140,9 @@ class Page:
         self.line = line
         facts = provenance(parameters=self.parameters, **self.facts, seconds=round(time.time() - self.started, 1))
         (self.out / f"{self.name}.json").write_text(json.dumps({"name": self.name, "line": line, "checks": self.checks, "provenance": facts}, indent=1))
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(json.dumps(v) if isinstance(v, dict) else str(v))}</td></tr>" for k, v in facts.items())
-        checks = "".join(f"<li>{html.escape(c)}</li>" for c in self.checks)
-        display(HTML(f"<h2>Checked</h2><ul class=checks>{checks}</ul><h2>Provenance</h2><table class=provenance>{rows}</table>"))
+        display(HTML(_ending(self.checks, facts)))
 
-# %% ../nbs/70_report.ipynb #c014
+# %% ../nbs/70_report.ipynb #c020
 def published(
     benchmark: object,  # the RetrievalSet that was run
     backbone: str,  # as named in the table
@@ -146,7 +156,7 @@ def published(
     found = table[(table[list(asked)] == pd.Series(asked)).all(axis=1)]["value"]
     return float(found.iloc[0]) if len(found) else float("nan")
 
-# %% ../nbs/70_report.ipynb #c017
+# %% ../nbs/70_report.ipynb #c023
 STYLE = """
 :root{--ink:#1f2328;--soft:#59636e;--line:#d8dee4;--accent:#31688e}
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);max-width:66rem;margin:0 auto;padding:1.5rem}
@@ -177,7 +187,7 @@ def shell(
     return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{html.escape(title)}</title>'
             f"<style>{STYLE}</style>{nav}{toggle}<main>{body}</main></html>\n")
 
-
+# %% ../nbs/70_report.ipynb #c026
 def to_html(
     notebook: nbformat.NotebookNode,  # executed
 ) -> str:
@@ -191,7 +201,20 @@ def to_html(
     heading = re.search(r"^# (.*)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
     return shell(heading[1] if heading else "report", body, "../index.html", code=True)
 
-# %% ../nbs/70_report.ipynb #c019
+# %% ../nbs/70_report.ipynb #c029
+def _check_parameters(notebook: Path, parameters: dict) -> None:
+    "Refuse a notebook without its parameters cell, and a name that is not in it."
+    import papermill
+
+    tags = [cell.metadata.get("tags", []) for cell in nbformat.read(notebook, as_version=4).cells]
+    if sum("parameters" in t for t in tags) != 1:
+        raise ValueError(f"{notebook} needs exactly one cell tagged `parameters`")
+    known = papermill.inspect_notebook(str(notebook))
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"{notebook.stem} has no parameter {name!r}: {suggest(name, list(known))}")
+
+# %% ../nbs/70_report.ipynb #c032
 class ExperimentFailed(RuntimeError):
     "A cell of an experiment raised; the message says which and why."
 
@@ -206,17 +229,11 @@ def run_experiment(
     import papermill
 
     notebook, out = Path(notebook), Path(out)
-    tags = [cell.metadata.get("tags", []) for cell in nbformat.read(notebook, as_version=4).cells]
-    if sum("parameters" in t for t in tags) != 1:
-        raise ValueError(f"{notebook} needs exactly one cell tagged `parameters`")
-    known = papermill.inspect_notebook(str(notebook))
-    for name in parameters:
-        if name not in known:
-            raise ValueError(f"{notebook.stem} has no parameter {name!r}: {suggest(name, list(known))}")
+    _check_parameters(notebook, parameters)
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob(f"{notebook.stem}.*"), *out.glob(f"{notebook.stem}-*"), *out.glob(f"timing-{notebook.stem}-*")):
         stale.unlink()
-    raw = out / f".{notebook.stem}.ipynb"
+    raw, page = out / f".{notebook.stem}.ipynb", out / f"{notebook.stem}.html"
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm in kernels without widgets
     try:
         done = papermill.execute_notebook(str(notebook), str(raw), {**parameters, "out": os.path.relpath(out, cwd)}, cwd=str(cwd),
@@ -225,11 +242,10 @@ def run_experiment(
         raise ExperimentFailed(f"{notebook.stem}, cell {error.cell_index}: {error.ename}: {error.evalue}") from None
     finally:
         raw.unlink(missing_ok=True)
-    page = out / f"{notebook.stem}.html"
     page.write_text(to_html(done), encoding="utf-8")
     return page
 
-# %% ../nbs/70_report.ipynb #c024
+# %% ../nbs/70_report.ipynb #c036
 def build_index(
     reports: str | Path,  # the folder that holds one folder per run
 ) -> Path:  # reports/index.html
@@ -260,7 +276,25 @@ def _card(run: Path, page: dict) -> str:
 EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "reranking", "compression", "training_level", "budget", "scale", "mini_encoder", "token", "asymmetric")
 LONG = ("reranking", "token", "asymmetric", "mini_encoder")  # they train networks or score many pairs: minutes each, by name only
 
-# %% ../nbs/70_report.ipynb #c027
+# %% ../nbs/70_report.ipynb #c039
+def _choose(
+    found: dict[str, Path],  # all experiments
+    only: str | None,  # the name of one
+    own: dict,  # parameters that at least one of the chosen must declare
+) -> dict[str, dict]:  # name -> what it declares, in reading order
+    "The experiments to run and the parameters they know."
+    import papermill
+
+    if only is not None and only not in found:
+        raise ValueError(f"unknown experiment {only!r}: {suggest(only, list(found))}")
+    names = [only] if only else [*(n for n in EXPERIMENTS if n in found and n not in LONG), *(n for n in found if n not in EXPERIMENTS)]
+    declared = {name: papermill.inspect_notebook(str(found[name])) for name in names}
+    for name in own:
+        if not any(name in known for known in declared.values()):
+            raise ValueError(f"no experiment has a parameter {name!r}: {suggest(name, sorted(set().union(*declared.values())))}")
+    return declared
+
+# %% ../nbs/70_report.ipynb #c041
 def run_reports(
     run: str,  # name of the run, its folder under reports/
     parameters: dict,  # shared by all experiments: dataset, backbone, ...; each receives those it declares
@@ -270,23 +304,15 @@ def run_reports(
     notebooks: str | Path = "nbs/experiments",
 ) -> list[str]:  # what failed, in words; empty when all went well
     "Run the experiments for one data set and backbone, and renew the index."
-    import papermill
-
     found = {path.stem: path for path in sorted(Path(notebooks).glob("*.ipynb"))}
     if not found:
         raise ValueError(f"no experiments in {notebooks}: run this command in the project's folder")
-    if only is not None and only not in found:
-        raise ValueError(f"unknown experiment {only!r}: {suggest(only, list(found))}")
-    names = [only] if only else [*(n for n in EXPERIMENTS if n in found and n not in LONG), *(n for n in found if n not in EXPERIMENTS)]
-    declared = {name: papermill.inspect_notebook(str(found[name])) for name in names}
-    for name in own or {}:
-        if not any(name in known for known in declared.values()):
-            raise ValueError(f"no experiment has a parameter {name!r}: {suggest(name, sorted(set().union(*declared.values())))}")
+    declared = _choose(found, only, own or {})
     failed, values = [], parameters | (own or {})
-    for i, name in enumerate(names, 1):
-        print(f"[{i}/{len(names)}] {name}", file=sys.stderr, flush=True)
+    for i, (name, known) in enumerate(declared.items(), 1):
+        print(f"[{i}/{len(declared)}] {name}", file=sys.stderr, flush=True)
         try:
-            run_experiment(found[name], Path(reports) / run, {k: v for k, v in values.items() if k in declared[name]})
+            run_experiment(found[name], Path(reports) / run, {k: v for k, v in values.items() if k in known})
         except ExperimentFailed as error:
             failed.append(str(error))
             print(f"  failed: {error}", file=sys.stderr, flush=True)
