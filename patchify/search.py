@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Part', 'PENDING', 'QUERIES', 'SearchResult', 'patch_scores', 'best_patches', 'rank_images', 'as_blocks',
-           'read_blocks', 'ImageIndex', 'as_queries', 'as_gallery_ids', 'ExactIndex', 'block_images', 'merge']
+           'read_blocks', 'ImageIndex', 'as_queries', 'as_gallery_ids', 'ExactIndex', 'block_images', 'merge', 'adapt',
+           'expand_queries']
 
 # %% ../nbs/30_search.ipynb #c003
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,3 +212,32 @@ def merge(
     by_index = np.where(ranks < 0, np.iinfo(np.int64).max, ranks)
     order = np.lexsort((by_index, -scores), axis=1)[:, :k]
     return SearchResult(*(np.take_along_axis(a, order, axis=1) for a in (scores, ranks, patch_ids)))
+
+# %% ../nbs/30_search.ipynb #c039
+def adapt(
+    vectors: np.ndarray,  # (..., D)
+    weight: np.ndarray,  # (E, D) of the trained layer
+    bias: np.ndarray,  # (E,)
+) -> np.ndarray:  # (..., E) unit rows
+    "ILIAS's linear adaptation: (..., D) -> (..., E) unit rows."
+    adapted = vectors @ weight.T + bias
+    return adapted / np.linalg.norm(adapted, axis=-1, keepdims=True)
+
+
+def expand_queries(
+    queries: np.ndarray,  # (Q, E) unit rows, as they were searched
+    found: SearchResult,  # what they found
+    index: ExactIndex,  # over the raw descriptors (n, P, D) of the same images
+    count: int = 3,  # images to learn from
+    through: Callable[[np.ndarray], np.ndarray] = np.asarray,  # (..., D) -> (..., E), the adaptation of the queries if there was one
+) -> np.ndarray:  # (Q, E) unit rows, to search again
+    "Each query averaged with the patches that won in its first images, weighed by their scores: (Q, E) -> (Q, E)."
+    if not 1 <= count <= found.ranks.shape[1] or (found.ranks[:, :count] < 0).any():
+        raise ValueError(f"count must be between 1 and the {found.ranks.shape[1]} images that every query found, got {count}")
+    rows = np.searchsorted(index.gallery_ids, found.ranks[:, :count])
+    starts = np.cumsum([0, *map(len, index.blocks)])
+    block = np.searchsorted(starts, rows, side="right") - 1
+    winners = [index.blocks[b][row - starts[b], patch] for b, row, patch in zip(block.flat, rows.flat, found.patch_ids[:, :count].flat)]
+    neighbours = through(found.scores[:, :count, None] * np.stack(winners).astype(np.float32).reshape(*rows.shape, -1))
+    expanded = queries + neighbours.sum(axis=1)
+    return (expanded / np.linalg.norm(expanded, axis=1, keepdims=True)).astype(np.float32)
