@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from .benchmark import open_image
 from .encoder import Encoder
@@ -71,7 +72,7 @@ def local_sets(
     "The strongest local descriptors of every image, with scale and position."
     sides, boxes = sides or (encoder.size,), boxes if boxes is not None else [None] * len(files)
     parts = []
-    for start in range(0, len(files), batch):
+    for start in tqdm(range(0, len(files), batch), "local descriptors", unit="batch", disable=None):
         images = [open_image(file) for file in files[start:start + batch]]
         crops = [np.array([0, 0, *image.size], float) if box is None else np.rint(box).astype(float) for image, box in zip(images, boxes[start:start + batch])]
         scales = [_one_scale(images, crops, encoder, side, top, detector) for side in sides]

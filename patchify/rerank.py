@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from .search import SearchResult
 
@@ -73,7 +74,8 @@ def score_shortlist(result: SearchResult,  # first stage, junk already behind
     if not 0 < top_k <= result.ranks.shape[1]:
         raise ValueError(f"top_k={top_k} does not fit a result of {result.ranks.shape[1]} images per query")
     raw = np.full((len(result.ranks), top_k), np.nan, np.float32)
-    for query, (ranks, real) in enumerate(zip(result.ranks[:, :top_k], reached(result)[:, :top_k])):
+    shortlists = zip(result.ranks[:, :top_k], reached(result)[:, :top_k])
+    for query, (ranks, real) in enumerate(tqdm(shortlists, "re-ranking", len(raw), unit="query", leave=False, disable=None)):
         logits = np.asarray(scorer(query, ranks[real]), np.float32)
         if logits.shape != (real.sum(),) or not np.isfinite(logits).all():
             raise ValueError(f"the scorer must return {real.sum()} finite logits for query {query}, got shape {logits.shape}")

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # %% ../nbs/43_train.ipynb #c006
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def train(
     "Train by the plan. A loss that is not finite stops the run and names the step and the last checkpoint."
     optimizer, path = _make_optimizer(module, plan), Path(checkpoint) if checkpoint else None
     losses = _resume(path, module, optimizer, plan) if path and path.exists() else []
-    for step in range(len(losses), plan.steps):
+    for step in tqdm(range(len(losses), plan.steps), "training", initial=len(losses), total=plan.steps, unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
         losses.append(_step(optimizer, loss_of, plan, step))
