@@ -1,4 +1,7 @@
 """Coupled views, distillation terms, triplets, evaluation by class and the training loop around them."""
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -10,8 +13,11 @@ from torch import nn
 
 from patchify.asymmetric import (
     PRESETS, Preset, Student, Views, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views,
-    evaluate_classes, mix_views, query_cost, relational_loss, render, sample_negatives, triplet_loss)
+    evaluate_classes, mix_views, one_view_each, query_cost, relational_loss, render, sample_negatives, triplet_loss, triplet_step)
+from patchify.benchmark import open_image as open_file
+from patchify.classes import load_cub
 from patchify.encoder import Encoder
+from patchify.token import DescriptorNet, FeatureMap, PoolHead
 from patchify.train import Plan, train
 
 
@@ -220,6 +226,67 @@ def test_another_plan_does_not_continue_a_checkpoint(tmp_path):
 def test_presets_are_the_published_ones():
     assert {name: (p.learning_rate, p.lam_1, p.lam_2) for name, p in PRESETS.items()} == {
         "cub": (1.4025e-4, 0.7718, 0.6684), "cars": (1.1692e-4, 0.6371, 0.7731), "sop": (1.7579e-4, 0.7482, 0.6778)}
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_preset_is_a_whole_run(preset):
+    plan = preset.plan(seed=3)
+    assert plan.steps * plan.accumulate * preset.batch == preset.epochs * preset.images_per_epoch and plan.seed == 3
+    assert plan.rate(plan.warmup) == preset.learning_rate and plan.weight_decay == preset.weight_decay and plan.optimizer == "adamw"
+
+
+def test_views_of_many_images_are_seeded_and_in_order():
+    views = one_view_each(open_image, 16)
+    batch = views([4, 0, 4], np.random.default_rng(1))
+    assert batch.shape == (3, 3, 16, 16) and torch.equal(batch, views([4, 0, 4], np.random.default_rng(1)))
+    slow, rng = [], np.random.default_rng(1)
+    for index in (4, 0, 4):
+        image = open_image(index)
+        slow.append(render(image, draw_views(*image.size, 1, rng), 16))
+    assert torch.equal(batch, torch.cat(slow))
+
+
+def test_triplets_pull_a_class_together():
+    labels, net = np.repeat([0, 1, 2], 4), Head()
+    colours = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(12, 3, 4, 4)
+    step = triplet_step(net, lambda pick, rng: colours[pick], labels, classes=3)
+    with torch.no_grad():
+        before = float(step(0, np.random.default_rng(0)))
+    train(net, step, Plan(steps=60, learning_rate=0.05, weight_decay=0))
+    with torch.no_grad():
+        assert float(step(0, np.random.default_rng(0))) < before
+    with pytest.raises(ValueError, match="class 7 has 1"):
+        triplet_step(net, None, [0, 0, 7])
+
+
+def birds(root, classes=4, each=3):
+    "A folder in the layout of CUB-200-2011."
+    names = [f"{c + 1:03d}.Bird_{c}/{i}.png" for c in range(classes) for i in range(each)]
+    for i, name in enumerate(names):
+        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        open_image(i).save(root / "images" / name)
+    lines = lambda what: "".join(f"{i} {what(name)}\n" for i, name in enumerate(names, 1))
+    for file, what in (("images", str), ("image_class_labels", lambda n: int(n[:3])), ("bounding_boxes", lambda n: "0 0 24 20")):
+        (root / f"{file}.txt").write_text(lines(what))
+    return root
+
+
+def test_the_published_run_of_raml_starts(tmp_path):
+    """The authors' sizes and weights on a folder of theirs, with a small network and few steps: a teacher of triplets, then its student."""
+    collection = load_cub(birds(tmp_path / "CUB_200_2011"))
+    rows = collection.part("train")
+    look = lambda index: open_file(collection.root / rows["path"][index])
+    preset = replace(PRESETS["cub"], batch=2, views=2, accumulate=2, epochs=1, images_per_epoch=8)
+    torch.manual_seed(0)
+    backbone = FeatureMap(timm.create_model("lcnet_035", num_classes=0))
+    teacher = DescriptorNet(backbone, PoolHead(backbone.channels, 16)).eval()
+    train(teacher, triplet_step(teacher, one_view_each(look, preset.gallery_size), rows["label"], classes=2, each=2), Plan(1, 1e-4))
+    student = copy.deepcopy(teacher)
+    teacher.requires_grad_(False)
+    first = student.head.whiten.weight.detach().clone()
+    losses = train(student, distillation_step(student, teacher, look, len(rows), preset), preset.plan(), tmp_path / "student.safetensors")
+    assert (preset.query_size, preset.gallery_size) == (224, 448) and len(losses) == 2 and np.isfinite(losses).all()
+    assert not torch.equal(student.head.whiten.weight, first) and torch.equal(teacher.head.whiten.weight, first)
 
 
 def test_a_student_is_a_trainable_copy_and_leaves_its_teacher_alone():

@@ -1,16 +1,21 @@
 """Training heads: crops from both kinds of source, seeded maps, equal batches for every head, resumable training."""
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
 from patchify.benchmark import RetrievalSet
-from patchify.classes import LabelledSet
-from patchify.heads import Classifier, head_descriptors, image_batches, labelled_crops, open_crop, published_plan, train_head, view_maps
-from patchify.token import PoolHead
-from patchify.train import Plan
+from patchify.classes import LabelledSet, load_gldv2_train
+from patchify.heads import (
+    Classifier, crop_descriptors, head_descriptors, image_batches, labelled_crops, open_crop, published_plan, train_head, train_network, view_maps)
+from patchify.token import SCALES, DescriptorNet, FeatureMap, PoolHead, TokenHead
+from patchify.train import Plan, train
 
 
 @pytest.fixture
@@ -95,3 +100,72 @@ def test_the_classifier_prefers_the_right_class():
 def test_the_published_plan_warms_up_for_five_epochs():
     plan = published_plan(1280)
     assert (plan.steps, plan.warmup) == (300, 50) and plan.rate(49) == plan.learning_rate == 0.00125 and plan.optimizer == "sgd"
+    assert plan.accumulate == 4                                    # 128 images a step, 32 at a time
+
+
+def test_the_batches_of_a_step_are_averaged(labelled):
+    crops, plan = labelled_crops(labelled), Plan(1, 0.1, optimizer="sgd", accumulate=3, seed=5)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    slow, batches = copy.deepcopy(net), image_batches(crops, 8, batch=2)
+
+    def drawn(number):
+        rng = np.random.default_rng([plan.seed, number])
+        rng.integers(2**62)                                        # the loop seeds dropout with it
+        return batches(rng)
+
+    torch.manual_seed(plan.seed)
+    classifier = Classifier(slow, 4, 3)
+    expected = train(classifier, lambda draw, rng: sum(classifier(*drawn(number)) for number in range(3)) / 3, replace(plan, accumulate=1))
+    assert train_network(net, crops, 4, plan, size=8, batch=2) == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(net[2].weight, slow[2].weight, atol=1e-6)
+
+
+def landmarks(root, labels=3, each=3):
+    "A folder in the layout of GLDv2's clean training images."
+    rows = []
+    for label in range(labels):
+        names = [f"{label:x}{i:x}0{label}{i}" for i in range(each)]
+        rows.append(f"{label + 100},{' '.join(names)}")
+        for i, name in enumerate(names):
+            path = root / "train" / name[0] / name[1] / name[2] / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng([label, i]).integers(0, 80 * (label + 1), (50, 60, 3), dtype=np.uint8)).save(path)
+    (root / "train_clean.csv").write_text("\n".join(["landmark_id,images", *rows]))
+    return root
+
+
+def test_the_published_run_of_token_starts_and_goes_on(tmp_path):
+    crops = labelled_crops(load_gldv2_train(landmarks(tmp_path / "gldv2")))
+    plan, size = published_plan(len(crops), batch=4, epochs=3, warmup=1, per_gpu=2), 64
+
+    def fresh():
+        torch.manual_seed(0)
+        backbone = FeatureMap(timm.create_model("lcnet_035", num_classes=0))
+        return DescriptorNet(backbone, TokenHead(backbone.channels, 16, 16, heads=2))
+
+    whole, parts = fresh(), fresh()
+    losses = train_network(whole, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "whole.safetensors")
+    assert len(losses) == plan.steps == 9 and np.isfinite(losses).all() and not whole.training
+    with pytest.MonkeyPatch.context() as patch:                     # killed at the fifth step, with checkpoints at every second
+        patch.setattr("patchify.heads.train", lambda module, loss_of, plan, path: train(
+            module, lambda draw, rng: loss_of(draw, rng) if draw < 10 else (_ for _ in ()).throw(KeyboardInterrupt), plan, path, save_every=2))
+        with pytest.raises(KeyboardInterrupt):
+            train_network(parts, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "parts.safetensors")
+    again = fresh()
+    assert train_network(again, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "parts.safetensors") == losses
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_scales_are_finished_batch_by_batch(labelled):
+    largest = []
+
+    def backbone(images):
+        largest.append(len(images))
+        return nn.functional.avg_pool2d(images, 4)
+
+    net, crops = DescriptorNet(backbone, PoolHead(3, 4)), labelled_crops(labelled)
+    slow = torch.cat([net.describe(torch.from_numpy(np.array(open_crop(row.file, row.box).resize((16, 16)))).permute(2, 0, 1)[None].float() / 255, SCALES) for row in crops.itertuples()])
+    largest.clear()
+    assert np.allclose(crop_descriptors(net, crops, 16, batch=4), slow, atol=1e-5)
+    assert max(largest) == 4 and len(largest) == 2 * len(SCALES)

@@ -11,7 +11,7 @@ from torch import nn
 from patchify.asymmetric import Student
 from patchify.encoder import Encoder, load_encoder
 from patchify.token import POOLINGS
-from patchify.trained import HEADS, TERMS, Lessons, School, keep, key_of, query_sizes
+from patchify.trained import HEADS, TERMS, Lessons, School, keep, key_of, query_sizes, taught_head, taught_student
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "patchify/weights"
@@ -28,12 +28,12 @@ def test_the_pages_find_every_network_in_the_package(tmp_path):
     encoder, token, small = load_encoder("mini"), defaults("token"), defaults("asymmetric")
     school = School(encoder, Lessons(token["products"], data=tmp_path), token["seed"])
     for name in [*(f"token {count}" for count in token["tokens"].split(",")), *POOLINGS]:
-        head, losses = school.head(name, token["size"], token["steps"])
+        head, losses = taught_head(school, name, token["size"], token["steps"])
         assert len(losses) == token["steps"] and name in HEADS and not head.training
     assert small["products"] == token["products"] and small["seed"] == token["seed"]
     sizes = query_sizes(encoder, [int(part) for part in small["shrink"].split(",")])
     for size, terms in {(size, TERMS["all three"]) for size in sizes} | {(sizes[-1], terms) for terms in TERMS.values()}:
-        student, losses = school.student(size, terms, small["steps"], small["learning_rate"])
+        student, losses = taught_student(school, size, terms, small["steps"], small["learning_rate"])
         assert len(losses) == small["steps"] and student.size == size
     assert not any(tmp_path.iterdir())                        # nothing was drawn, described or trained
 
