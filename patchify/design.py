@@ -39,7 +39,7 @@ class Design:
         which = PARTS.index(part)
         return np.random.default_rng([self.parts[which], which, salt])
 
-# %% ../nbs/06_design.ipynb #c006
+# %% ../nbs/06_design.ipynb #c008
 _COMMON = np.array([5, 3, 3, 2, 3, 3, 4, 2, 2]) / 27
 _WIDTH = {"box": (.4, 1.6), "carton": (.35, .6), "book": (.6, .85), "card": (.55, 1.8), "pouch": (.55, .9),
           "can": (.4, .9), "bottle": (.22, .42), "jar": (.5, 1.), "cup": (.6, 1.3)}
@@ -63,7 +63,7 @@ def family(
         members.append(replace(first, parts=tuple(int(rng.integers(1 << 31)) if p in changed else s for p, s in zip(PARTS, old))))
     return members
 
-# %% ../nbs/06_design.ipynb #c009
+# %% ../nbs/06_design.ipynb #c011
 def _hsv(hue, saturation, value) -> tuple:
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1)))
 
@@ -94,7 +94,7 @@ def palette(
     ink = apart(base, .4)
     return dict(base=base, second=second, accent=accent, ink=ink, ink2=apart(second, .4), pale=apart(ink, .4))
 
-# %% ../nbs/06_design.ipynb #c012
+# %% ../nbs/06_design.ipynb #c014
 def fractal(
     rng: np.random.Generator,  # source of the noise
     height: int,  # pixels
@@ -119,7 +119,7 @@ def _ramp(rng, field, n=4) -> np.ndarray:
         colors = colors[::-1]
     return np.stack([np.interp(t, knots, colors[:, c]) for c in range(3)], -1)
 
-# %% ../nbs/06_design.ipynb #c015
+# %% ../nbs/06_design.ipynb #c017
 def _fruit(rng, size) -> np.ndarray:
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     image = _ramp(rng, fractal(rng, size, size, rng.uniform(.8, 1.8)), 3) if rng.random() < .6 else np.full((size, size, 3), rng.uniform(200, 255))
@@ -148,7 +148,7 @@ def _flower(rng, size) -> np.ndarray:
     inside = _ramp(rng, 6 * (r / np.maximum(edge, .02) - .5) + rng.uniform(0, .8) * np.cos(petals * angle * rng.integers(1, 3)), 4)
     return np.where((r < edge)[..., None], inside, ground)
 
-# %% ../nbs/06_design.ipynb #c016
+# %% ../nbs/06_design.ipynb #c020
 def _hills(rng, size) -> np.ndarray:
     y = np.linspace(0, 1, size, dtype=np.float32)[:, None]
     image = _ramp(rng, 4 * (y - .5) + .25 * fractal(rng, size, size, 1.5), 3)
@@ -174,7 +174,7 @@ def _leaves(rng, size) -> np.ndarray:
             draw.polygon([(x + 1.4 * r * math.cos(t), y + 1.4 * r * math.sin(t)) for t in corners], fill=color)
     return np.asarray(image, np.float32) * (1 + .1 * fractal(rng, size, size, 1.2)[..., None])
 
-# %% ../nbs/06_design.ipynb #c017
+# %% ../nbs/06_design.ipynb #c023
 def _marble(rng, size) -> np.ndarray:
     field, veins, k = fractal(rng, size, size, rng.uniform(1, 2)), fractal(rng, size, size, 1.6), rng.uniform(0, 3)
     return _ramp(rng, np.sin(k * veins + field) * 1.5 if rng.random() < .5 else field, rng.integers(3, 6))
@@ -188,7 +188,7 @@ def picture(
     image = image * rng.uniform(.85, 1.15) + 6 * rng.standard_normal((size, size, 1)) * rng.random()
     return np.clip(image, 0, 255).astype(np.uint8)
 
-# %% ../nbs/06_design.ipynb #c020
+# %% ../nbs/06_design.ipynb #c028
 _FONTS = ("DejaVuSans DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSans-Oblique DejaVuSansDisplay DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif "
           "DejaVuSerif-Bold DejaVuSerif-BoldItalic DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralBolIta STIXGeneralItalic "
           "cmb10 cmr10 cmss10 cmtt10 cmti10").split()
@@ -212,7 +212,7 @@ def _word(rng, low=3, high=9) -> str:
     word = word[:high]
     return [word.upper(), word.capitalize(), word][rng.choice(3, p=[.5, .4, .1])]
 
-# %% ../nbs/06_design.ipynb #c021
+# %% ../nbs/06_design.ipynb #c031
 def lettering(
     rng: np.random.Generator,  # decides font, weight, outline, stretch and slant
     text: str,  # what to write
@@ -241,7 +241,7 @@ def lettering(
         image = image.transform(image.size, Image.AFFINE, (1, shear, -shear * image.height / 2, 0, 1, 0), Image.BILINEAR)
     return image.rotate(angle, Image.BILINEAR, expand=True) if angle else image
 
-# %% ../nbs/06_design.ipynb #c022
+# %% ../nbs/06_design.ipynb #c034
 def _glyphs(rng, width, height, fill) -> Image.Image:
     "A word of an alphabet that does not exist: every sign is a few random strokes."
     n = rng.integers(2, 6)
@@ -270,7 +270,7 @@ def _paragraph(draw, rng, box, fill, font_size=None) -> None:
         draw.text((x0, y), line[: int((x1 - x0) / (size * .55) * rng.uniform(.75, 1))], font=font, fill=fill)
         y += int(size * 1.25)
 
-# %% ../nbs/06_design.ipynb #c025
+# %% ../nbs/06_design.ipynb #c037
 def _star(cx, cy, r, k, depth, phase) -> list:
     angles = np.arange(2 * k) * np.pi / k + phase
     radii = np.where(np.arange(2 * k) % 2, r * depth, r)
@@ -295,41 +295,45 @@ def _emblem(draw, rng, cx, cy, r, colors) -> None:
             half = [(rng.uniform(0, q), y) for y in np.linspace(-q, q, rng.integers(4, 9))]
             draw.polygon([(cx + x, cy + y) for x, y in half] + [(cx - x, cy + y) for x, y in half[::-1]], fill=color)
 
-# %% ../nbs/06_design.ipynb #c026
-def _pattern(draw, rng, colors, w, h, kind) -> None:
-    "Bands, splits, stripes, dots, waves or rays over the ground of a face."
-    second, accent = colors["second"], colors["accent"]
-    if kind == 2:
-        for y in np.sort(rng.uniform(0, 1, rng.integers(1, 4))):
-            t = rng.uniform(.02, .2)
-            draw.rectangle([0, y * h, w, (y + t) * h], fill=[second, accent][rng.integers(2)])
-    elif kind == 3:
-        a, b = rng.uniform(.15, .85, 2)
-        draw.polygon([(0, a * h), (w, b * h), (w, h), (0, h)], fill=second)
-    elif kind == 4:
-        n, share, tilt = rng.integers(3, 12), rng.uniform(.3, .7), rng.choice([0, 0, .5, 1]) * w
-        for i in range(-n, 2 * n):
-            x = i * w / n
-            draw.polygon([(x, 0), (x + share * w / n, 0), (x + share * w / n + tilt, h), (x + tilt, h)], fill=second)
-    elif kind == 5:
-        n = rng.integers(3, 10)
-        r, dot = w / n * rng.uniform(.15, .45), draw.rectangle if rng.random() < .4 else draw.ellipse
-        for i in range(n + 1):
-            for j in range(int(n * h / w) + 1):
-                cx, cy = (i + .5 * (j % 2)) * w / n, j * w / n
-                dot([cx - r, cy - r, cx + r, cy + r], fill=second)
-    elif kind == 6:
-        x = np.linspace(0, 1, 40)
-        for color, y0 in zip([second, accent], np.sort(rng.uniform(.3, .95, 2))):
-            y = y0 + rng.uniform(.02, .12) * np.sin(x * rng.uniform(3, 12) + rng.uniform(0, 6))
-            draw.polygon([(w * a, h * b) for a, b in zip(x, y)] + [(w, h), (0, h)], fill=color)
-    elif kind == 8:
-        n, cx, cy = int(rng.integers(8, 24)), rng.uniform(.2, .8) * w, rng.uniform(.2, .8) * h
-        for i in range(n):
-            a, b = 2 * math.pi * i / n, 2 * math.pi * i / n + math.pi / n
-            draw.polygon([(cx, cy), (cx + 2 * h * math.cos(a), cy + 2 * h * math.sin(a)), (cx + 2 * h * math.cos(b), cy + 2 * h * math.sin(b))], fill=second)
+# %% ../nbs/06_design.ipynb #c040
+def _bands(draw, rng, colors, w, h) -> None:
+    for y in np.sort(rng.uniform(0, 1, rng.integers(1, 4))):
+        t = rng.uniform(.02, .2)
+        draw.rectangle([0, y * h, w, (y + t) * h], fill=[colors["second"], colors["accent"]][rng.integers(2)])
 
-# %% ../nbs/06_design.ipynb #c027
+def _halves(draw, rng, colors, w, h) -> None:
+    a, b = rng.uniform(.15, .85, 2)
+    draw.polygon([(0, a * h), (w, b * h), (w, h), (0, h)], fill=colors["second"])
+
+def _stripes(draw, rng, colors, w, h) -> None:
+    n, share, tilt = rng.integers(3, 12), rng.uniform(.3, .7), rng.choice([0, 0, .5, 1]) * w
+    for i in range(-n, 2 * n):
+        x = i * w / n
+        draw.polygon([(x, 0), (x + share * w / n, 0), (x + share * w / n + tilt, h), (x + tilt, h)], fill=colors["second"])
+
+def _dots(draw, rng, colors, w, h) -> None:
+    n = rng.integers(3, 10)
+    r, dot = w / n * rng.uniform(.15, .45), draw.rectangle if rng.random() < .4 else draw.ellipse
+    for i in range(n + 1):
+        for j in range(int(n * h / w) + 1):
+            cx, cy = (i + .5 * (j % 2)) * w / n, j * w / n
+            dot([cx - r, cy - r, cx + r, cy + r], fill=colors["second"])
+
+def _waves(draw, rng, colors, w, h) -> None:
+    x = np.linspace(0, 1, 40)
+    for color, y0 in zip([colors["second"], colors["accent"]], np.sort(rng.uniform(.3, .95, 2))):
+        y = y0 + rng.uniform(.02, .12) * np.sin(x * rng.uniform(3, 12) + rng.uniform(0, 6))
+        draw.polygon([(w * a, h * b) for a, b in zip(x, y)] + [(w, h), (0, h)], fill=color)
+
+def _rays(draw, rng, colors, w, h) -> None:
+    n, cx, cy = int(rng.integers(8, 24)), rng.uniform(.2, .8) * w, rng.uniform(.2, .8) * h
+    for i in range(n):
+        a, b = 2 * math.pi * i / n, 2 * math.pi * i / n + math.pi / n
+        draw.polygon([(cx, cy), (cx + 2 * h * math.cos(a), cy + 2 * h * math.sin(a)), (cx + 2 * h * math.cos(b), cy + 2 * h * math.sin(b))], fill=colors["second"])
+
+# %% ../nbs/06_design.ipynb #c043
+_PATTERNS = {2: _bands, 3: _halves, 4: _stripes, 5: _dots, 6: _waves, 8: _rays}
+
 def _ground(rng, colors, w, h) -> Image.Image:
     "The base of a face: plain, a gradient, a pattern or a texture."
     image, kind = Image.new("RGB", (w, h), colors["base"]), rng.choice(9, p=[.2, .14, .12, .12, .1, .1, .1, .06, .06])
@@ -339,10 +343,11 @@ def _ground(rng, colors, w, h) -> Image.Image:
         return Image.fromarray(np.broadcast_to(mixed, (h, w, 3)).astype(np.uint8).copy())
     if kind == 7:
         return Image.fromarray(picture(rng, 128)).resize((w, h), Image.BICUBIC)
-    _pattern(ImageDraw.Draw(image), rng, colors, w, h, kind)
+    if kind in _PATTERNS:
+        _PATTERNS[kind](ImageDraw.Draw(image), rng, colors, w, h)
     return image
 
-# %% ../nbs/06_design.ipynb #c029
+# %% ../nbs/06_design.ipynb #c046
 def _paste(image, layer, cx, cy) -> None:
     at = (int(cx - layer.size[0] / 2), int(cy - layer.size[1] / 2))
     image.paste(layer, at, layer if layer.mode == "RGBA" else None)
@@ -379,7 +384,7 @@ def _photo(image, rng, layout, s, cx, cy, kind) -> None:
     band = (0, h - size[1] if layout.random() < .6 else int(h * layout.uniform(0, .3))) if full else None
     image.paste(photo.resize(size, Image.BICUBIC), band or (int(cx - size[0] / 2), int(cy - size[1] / 2)), mask)
 
-# %% ../nbs/06_design.ipynb #c030
+# %% ../nbs/06_design.ipynb #c049
 def _logo(image, rng, layout, colors) -> None:
     "The name, with or without a plate behind it, and a second line."
     w, h = image.size
@@ -403,33 +408,37 @@ def _logo(image, rng, layout, colors) -> None:
         second = lettering(rng, line, lw * .8, lh * .35, ink)
         _paste(image, second, cx + layout.normal(0, .05) * w, cy + lh * layout.choice([.85, .95, -.85]))
 
-# %% ../nbs/06_design.ipynb #c031
+# %% ../nbs/06_design.ipynb #c052
+def _badge(image, rng, layout, marks) -> None:
+    "A star with a number, a disc or plate with a word, or an emblem."
+    w, h = image.size
+    cx, cy, q = layout.uniform(.1, .9) * w, layout.uniform(.1, .95) * h, layout.uniform(.05, .14) * w
+    color, kind, draw = marks[layout.integers(3)], layout.integers(4), ImageDraw.Draw(image)
+    ink = (255, 255, 255) if _luminance(color) < .55 else (15, 15, 20)
+    if kind == 0:
+        draw.polygon(_star(cx, cy, q, 12, .82, 0), fill=color)
+        _paste(image, lettering(rng, f"{rng.integers(1, 99)}{['%', 'g', '', '+'][rng.integers(4)]}", q * 1.3, q, ink), cx, cy)
+    elif kind == 1:
+        draw.ellipse([cx - q, cy - q, cx + q, cy + q], fill=color, outline=ink)
+        _paste(image, lettering(rng, _word(rng, 3, 5), q * 1.5, q * .7, ink), cx, cy)
+    elif kind == 2:
+        draw.rectangle([cx - 1.6 * q, cy - q * .5, cx + 1.6 * q, cy + q * .5], fill=color)
+        _paste(image, lettering(rng, _word(rng, 4, 9), q * 2.8, q * .8, ink), cx, cy)
+    else:
+        _emblem(draw, rng, cx, cy, q, marks)
+
 def _details(image, rng, layout, colors) -> None:
     "Badges, a paragraph of small print, a border."
-    w, h = image.size
-    draw, marks = ImageDraw.Draw(image), [colors["accent"], colors["second"], colors["ink"]]
+    (w, h), draw = image.size, ImageDraw.Draw(image)
     for _ in range(layout.integers(0, 4)):
-        cx, cy, q = layout.uniform(.1, .9) * w, layout.uniform(.1, .95) * h, layout.uniform(.05, .14) * w
-        color, kind = marks[layout.integers(3)], layout.integers(4)
-        ink = (255, 255, 255) if _luminance(color) < .55 else (15, 15, 20)
-        if kind == 0:
-            draw.polygon(_star(cx, cy, q, 12, .82, 0), fill=color)
-            _paste(image, lettering(rng, f"{rng.integers(1, 99)}{['%', 'g', '', '+'][rng.integers(4)]}", q * 1.3, q, ink), cx, cy)
-        elif kind == 1:
-            draw.ellipse([cx - q, cy - q, cx + q, cy + q], fill=color, outline=ink)
-            _paste(image, lettering(rng, _word(rng, 3, 5), q * 1.5, q * .7, ink), cx, cy)
-        elif kind == 2:
-            draw.rectangle([cx - 1.6 * q, cy - q * .5, cx + 1.6 * q, cy + q * .5], fill=color)
-            _paste(image, lettering(rng, _word(rng, 4, 9), q * 2.8, q * .8, ink), cx, cy)
-        else:
-            _emblem(draw, rng, cx, cy, q, marks)
+        _badge(image, rng, layout, [colors["accent"], colors["second"], colors["ink"]])
     if layout.random() < .6:
         x, y, width = layout.uniform(.06, .45) * w, layout.uniform(.6, .92) * h, layout.uniform(.3, .5) * w
         _paragraph(draw, rng, (x, y, min(x + width, w - 6), min(y + layout.uniform(.05, .2) * h, h - 4)), colors["ink"])
     if layout.random() < .15:
         draw.rectangle([4, 4, w - 5, h - 5], outline=colors["second"], width=int(layout.integers(3, 12)))
 
-# %% ../nbs/06_design.ipynb #c032
+# %% ../nbs/06_design.ipynb #c055
 def _front(design, w, h) -> Image.Image:
     colors, layout = palette(design.stream("palette")), design.stream("layout")
     art, name, text = (design.stream(part) for part in ("art", "word", "text"))
@@ -443,7 +452,7 @@ def _front(design, w, h) -> Image.Image:
     _details(image, text, places[2], colors)
     return image
 
-# %% ../nbs/06_design.ipynb #c035
+# %% ../nbs/06_design.ipynb #c058
 def _barcode(draw, rng, x, y, w, h) -> None:
     x, y, w, h = int(x), int(y), int(w), int(h)
     draw.rectangle([x - 4, y - 4, x + w + 4, y + h + 4], fill=(250, 250, 250))
@@ -478,7 +487,7 @@ def _lid(design, w, h) -> Image.Image:
         _logo(image, design.stream("word"), layout, colors | {"ink": colors["ink"] if layout.random() < .5 else (30, 30, 30)})
     return image
 
-# %% ../nbs/06_design.ipynb #c036
+# %% ../nbs/06_design.ipynb #c061
 def atlas(
     design: Design,  # what to print
     side: int = 160,  # pixels per side of the front, S below; a multiple of 8
@@ -494,9 +503,27 @@ def atlas(
         sheet.paste(image.resize(size, Image.LANCZOS), at)
     return np.asarray(sheet)
 
-# %% ../nbs/06_design.ipynb #c039
-def _enlarged(image, height, width) -> np.ndarray:
-    return np.asarray(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((width, height), Image.BICUBIC), np.float32)
+# %% ../nbs/06_design.ipynb #c064
+def _plain(rng, base, fine, h, w) -> np.ndarray:
+    return base * (1 + rng.uniform(.02, .25) * fine[..., None])
+
+def _wood(rng, base, fine, h, w) -> np.ndarray:
+    grain = np.asarray(Image.fromarray(fractal(rng, max(h // 8, 8), w, 1.4)).resize((w, h), Image.BICUBIC))
+    rings = np.sin(grain * rng.uniform(2, 9)) * .5 + .4 * fine
+    image = base * (1 + rng.uniform(.08, .25) * rings[..., None])
+    return image.transpose(1, 0, 2) if h == w and rng.random() < .5 else image
+
+def _stone(rng, base, fine, h, w) -> np.ndarray:
+    return _ramp(rng, fractal(rng, h, w, rng.uniform(.7, 1.8)), 3)
+
+def _cloth(rng, base, fine, h, w) -> np.ndarray:
+    (y, x), s = np.mgrid[:h, :w], rng.uniform(.6, 2.2)
+    weave, folds = np.sin(x * s) * np.sin(y * s), fractal(rng, h, w, 2.)
+    return base * (1 + rng.uniform(.05, .2) * weave + rng.uniform(.1, .3) * folds)[..., None]
+
+# %% ../nbs/06_design.ipynb #c067
+def _foliage(rng, base, fine, h, w) -> np.ndarray:
+    return _leaves(rng, max(h, w))[:h, :w]
 
 def _tiles(rng, base, fine, h, w) -> np.ndarray:
     y, x = np.mgrid[:h, :w]
@@ -506,7 +533,11 @@ def _tiles(rng, base, fine, h, w) -> np.ndarray:
     image[y % s < 2] *= .6
     return image
 
-def _room(rng, base, h, w) -> np.ndarray:
+def _slope(rng, base, fine, h, w) -> np.ndarray:
+    t = np.linspace(-1, 1, h)[:, None] * rng.normal() + np.linspace(-1, 1, w)[None] * rng.normal()
+    return base * (1 + .25 * t)[..., None] * (1 + .02 * fine[..., None])
+
+def _room(rng, base, fine, h, w) -> np.ndarray:
     image = Image.new("RGB", (w, h), tuple(int(c) for c in base.clip(0, 255)))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(8, 40)):
@@ -515,7 +546,9 @@ def _room(rng, base, h, w) -> np.ndarray:
         draw.rectangle([x - a / 2, y - b / 2, x + a / 2, y + b / 2], fill=_hsv(rng.random(), rng.uniform(0, .7), rng.uniform(.1, 1)))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(2, 9))), np.float32)
 
-# %% ../nbs/06_design.ipynb #c040
+# %% ../nbs/06_design.ipynb #c069
+_MATERIALS = (_plain, _wood, _stone, _cloth, _foliage, _tiles, _slope, _room)
+
 def surface(
     rng: np.random.Generator,  # decides material and colours
     height: int,  # pixels
@@ -526,26 +559,6 @@ def surface(
     hue = rng.uniform(.02, .16) if rng.random() < .6 else rng.random()
     base = np.array(_hsv(hue, rng.uniform(0, .55), rng.uniform(.2, .98)), np.float32)
     fine = fractal(rng, h, w, rng.uniform(.3, 1.3))
-    if kind == 0:
-        image = base * (1 + rng.uniform(.02, .25) * fine[..., None])
-    elif kind == 1:                                        # wood: a stretched field cut into rings
-        grain = np.asarray(Image.fromarray(fractal(rng, max(h // 8, 8), w, 1.4)).resize((w, h), Image.BICUBIC))
-        rings = np.sin(grain * rng.uniform(2, 9)) * .5 + .4 * fine
-        image = base * (1 + rng.uniform(.08, .25) * rings[..., None])
-        image = image.transpose(1, 0, 2) if h == w and rng.random() < .5 else image
-    elif kind == 2:
-        image = _ramp(rng, fractal(rng, h, w, rng.uniform(.7, 1.8)), 3)
-    elif kind == 3:                                        # woven cloth in folds
-        (y, x), s = np.mgrid[:h, :w], rng.uniform(.6, 2.2)
-        weave, folds = np.sin(x * s) * np.sin(y * s), fractal(rng, h, w, 2.)
-        image = base * (1 + rng.uniform(.05, .2) * weave + rng.uniform(.1, .3) * folds)[..., None]
-    elif kind == 4:
-        image = _leaves(rng, max(h, w))[:h, :w]
-    elif kind == 5:
-        image = _tiles(rng, base, fine, h, w)
-    elif kind == 6:
-        t = np.linspace(-1, 1, h)[:, None] * rng.normal() + np.linspace(-1, 1, w)[None] * rng.normal()
-        image = base * (1 + .25 * t)[..., None] * (1 + .02 * fine[..., None])
-    else:
-        image = _room(rng, base, h, w)
-    return _enlarged(np.broadcast_to(image, (h, w, 3)), height, width)
+    image = np.broadcast_to(_MATERIALS[kind](rng, base, fine, h, w), (h, w, 3))
+    enlarged = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((width, height), Image.BICUBIC)
+    return np.asarray(enlarged, np.float32)
