@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from tqdm import tqdm
 
 from .benchmark import LOADERS, RetrievalSet, load_ilias
 from .design import Design, atlas, family, fractal, surface
@@ -258,14 +259,18 @@ def _tasks(root, instances, seed, size) -> list:
 
 # %% ../nbs/12_mini.ipynb #c023
 def _lists(root, tasks, facts) -> None:
-    "Write image_ids/: queries with their instance, positives with scale and number of objects."
-    (root / "image_ids").mkdir()
-    rows = {"query": [], "pos": [], "distractor": []}
+    "Write image_ids/: queries, positives with scale and number of objects, and the names of the instances, which ILIAS keeps as text queries."
+    lists = {"image_query_ids": [], "positive_ids": [], "text_query_ids": []}
     for (kind, path, *_), (scale, count) in zip(tasks, facts):
-        name = path.relative_to(root / "ilias_core").as_posix() if kind != "distractor" else path.name
-        rows[kind].append(f"{name},{name.split('/')[0]}\n" if kind == "query" else f"{name},{scale:.6f},{count}\n")
-    (root / "image_ids" / "image_query_ids.txt").write_text("".join(rows["query"]))
-    (root / "image_ids" / "positive_ids.txt").write_text("".join(rows["pos"]))
+        instance, name = path.parts[-3], "/".join(path.parts[-3:])
+        if kind == "query":
+            lists["image_query_ids"].append(f"{name},{instance}\n")
+            lists["text_query_ids"].append(f"{instance}\n")
+        elif kind == "pos":
+            lists["positive_ids"].append(f"{name},{scale:.6f},{count}\n")
+    (root / "image_ids").mkdir()
+    for file, lines in lists.items():
+        (root / "image_ids" / f"{file}.txt").write_text("".join(lines))
 
 def make_mini(
     out: str | Path,  # a folder that does not exist yet, or an empty one
@@ -298,7 +303,7 @@ def _run(tasks, workers) -> list:
     if workers == 1:
         return [_job(task) for task in tasks]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return pool.map(_job, tasks, chunksize=8)
+        return list(tqdm(pool.imap(_job, tasks, chunksize=8), "drawing", len(tasks), unit="image", disable=None))
 
 # %% ../nbs/12_mini.ipynb #c028
 def load_mini(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from .design import Design, atlas, family, surface
 from .mini import BENCHMARK_SEEDS
@@ -51,7 +52,7 @@ def make_props(
         tasks = [("family", first + i, side) for i in range(families)] + [("ground", first + i, side) for i in range(grounds)]
         if workers > 1:
             with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                drawn = pool.map(_draw, tasks, chunksize=20)
+                drawn = list(tqdm(pool.imap(_draw, tasks, chunksize=20), "drawing props", len(tasks), disable=None))
         else:
             drawn = [_draw(task) for task in tasks]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,3 +77,9 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path, wrong):
     with pytest.raises(ValueError):
         mini.make_mini(tmp_path / "x", **wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lists_name_every_instance_as_the_official_evaluator_wants(tiny):
+    "It takes the set of instances from the text queries, of which the offline benchmark has names only."
+    named = (tiny / "image_ids" / "text_query_ids.txt").read_text().split()
+    assert sorted(named) == sorted(folder.name for folder in (tiny / "ilias_core").iterdir())
