@@ -87,12 +87,13 @@ def initialise(model: nn.Module,  # changed in place
 # %% ../nbs/42_locore.ipynb #c017
 def stack_lists(lists: Sequence[Descriptors],  # N lists of I images each, query first, as tensors
                 local_dim: int,                # what the model reads
+                device: torch.device,          # where it is
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # values (N, I, n, C), valid (N, I, n), scales (N, I, n), summary (N, I, 1, S) or None
-    "Several lists as one batch."
-    values, valid, scales = (torch.stack([getattr(part, name) for part in lists]) for name in ("values", "valid", "scales"))
+    "Several lists as one batch, where the model is."
+    values, valid, scales = (torch.stack([getattr(part, name) for part in lists]).to(device) for name in ("values", "valid", "scales"))
     if values.shape[-1] != local_dim: raise ValueError(f"the model reads local descriptors of dimension {local_dim}, got {values.shape[-1]}")
     if lists[0].summary is None: return values, valid, scales, None
-    return values, valid, scales, torch.stack([part.summary for part in lists])[:, :, None]
+    return values, valid, scales, torch.stack([part.summary for part in lists])[:, :, None].to(device)
 
 # %% ../nbs/42_locore.ipynb #c018
 class LOCORE(nn.Module):
@@ -128,7 +129,7 @@ class LOCORE(nn.Module):
     def encode(self, lists: Sequence[Descriptors]) -> Tensor:
         "Hidden states (N, I, F + 1, D). Lists with a `summary` get a global token per image."
         longformer, project = self.language_model.longformer, lambda x, layer: F.normalize(layer(x), dim=-1) if self.unit else layer(x)
-        values, valid, scales, summary = stack_lists(lists, self.local_dim)
+        values, valid, scales, summary = stack_lists(lists, self.local_dim, longformer.sep_embedding.device)
         parts = [] if summary is None else [project(summary, self.global_to_lm)]                          # (N, I, 1, D)
         parts += [project(values, self.local_to_lm) + self.scale_encoder(scales)]                         # (N, I, n, D)
         x = torch.cat([*parts, longformer.sep_embedding.expand(*values.shape[:2], 1, -1)], 2)              # (N, I, F + 1, D)
@@ -195,7 +196,7 @@ def locore_loss(logits: Tensor,    # (N, 1 + G, F + 1, 2) token logits
                 positive: Tensor,  # (N, G) 0 = another object, anything else = the query's object
                 ) -> Tensor:       # scalar
     "Cross entropy over all tokens of all gallery images. (LOCORE Sec. 3)"
-    label = (positive > 0).long()[..., None].expand(logits[:, 1:, :, 0].shape)
+    label = (positive > 0).long().to(logits.device)[..., None].expand(logits[:, 1:, :, 0].shape)
     return F.cross_entropy(logits[:, 1:].flatten(0, 2), label.flatten())
 
 def list_recall(scores: Tensor,    # (N, G)
