@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from patchify.benchmark import load
-from patchify.boxes import Regions
 from patchify.cli import main
-from patchify.encoder import load_encoder
+from patchify.compress import PQIndex
+from patchify.encoder import MINI_WEIGHTS, load_encoder
 from patchify.evaluate import describe, rank
-from patchify.rerankers import KINDS, LISTED, Reranker, local_descriptors, make_shelf, reranker_file, train_ames, train_locore, train_rerankers
+from patchify.rerankers import KINDS, PARTS, PYRAMID, Reranker, descriptors_of, local_descriptors, make_shelf, reranker_file, reranker_scorer, train_ames, train_locore, train_rerankers
 
-HERE = [kind for kind in KINDS if kind != "locore" or find_spec("transformers")]
+HERE = [kind for kind in KINDS if not kind.startswith("locore") or find_spec("transformers")]
+PATCHES = [kind for kind in HERE if kind.endswith("patches")]
 torch.set_num_threads(2)
 
 
@@ -27,12 +28,12 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def run(encoder, data):
-    return rank(describe(load("tiny", data), encoder, Regions("pyramid", 1), data / "stores"))
+    return rank(describe(load("tiny", data), encoder, PYRAMID, data / "stores"))
 
 
 @pytest.fixture(scope="module")
-def shelf(encoder, tmp_path_factory):
-    return make_shelf(encoder, 6, tmp_path_factory.mktemp("shelf"))
+def shelf(encoder, data):
+    return make_shelf("ames", encoder, 6, data)
 
 
 @pytest.mark.parametrize("kind", HERE)
@@ -51,6 +52,42 @@ def test_shipped_weights_are_small_and_name_their_encoder(kind, encoder, data):
     assert os.path.getsize(str(path)) < 5e6
     reranker = Reranker.load(kind, encoder, data)
     assert 0 <= reranker.global_weight < 1 and reranker.top_k > 1 and not reranker.model.training
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+def test_patches_are_read_where_the_search_keeps_them(kind, encoder, run, data):
+    reranker = replace(Reranker.load(kind, encoder, data), top_k=5)
+    queries, gallery = descriptors_of(kind, run, encoder, data)
+    store = [file.read_bytes() for file in sorted(run.described.gallery.path.iterdir())]
+    assert queries.count == PARTS.count and gallery.count == 30 and all(isinstance(block, np.memmap) for block in gallery.values)
+    assert reranker(run, encoder, data).bytes_per_image == run.bytes_per_image == reranker.stored_bytes(gallery)
+    assert [file.read_bytes() for file in sorted(run.described.gallery.path.iterdir())] == store
+
+
+def test_behind_a_compressed_index_the_patches_are_counted(encoder, run, data):
+    squeezed = rank(run.described, index=lambda blocks, rows: PQIndex(n_subvectors=16, n_bits=4).train(blocks).add(blocks, rows))
+    found = replace(Reranker.load("ames_patches", encoder, data), top_k=5)(squeezed, encoder, data)
+    assert found.bytes_per_image == squeezed.bytes_per_image + run.bytes_per_image
+
+
+@pytest.mark.parametrize("level, patches", [(0, 1), (1, 5), (2, 14)])
+def test_ames_reads_the_patches_that_a_shallower_search_has(level, patches, encoder, run, data):
+    shallow = rank(run.described, level)
+    assert descriptors_of("ames_patches", shallow, encoder, data)[1].count == patches
+    found = replace(Reranker.load("ames_patches", encoder, data), top_k=5)(shallow, encoder, data)
+    assert found.bytes_per_image == shallow.bytes_per_image and np.isfinite(found.logits).all()
+
+
+@pytest.mark.parametrize("other", [dict(level=2), dict(only=3)])
+def test_locore_refuses_patches_that_are_not_the_thirty_it_knows(other, encoder, run, data):
+    with pytest.raises(ValueError, match="reads the 30 patches of a pyramid of level 3"):
+        descriptors_of("locore_patches", rank(run.described, **other), encoder, data)
+
+
+def test_the_logits_are_those_of_the_shortlist(encoder, run, data):
+    found = replace(Reranker.load("ames_patches", encoder, data), top_k=6)(run, encoder, data)
+    read = reranker_scorer(Reranker.load("ames_patches", encoder, data).model, *descriptors_of("ames_patches", run, encoder, data))
+    assert np.array_equal(found.logits[2], read(2, np.searchsorted(run.described.gallery.rows, run.result.ranks[2, :6])))
 
 
 def test_a_shortlist_longer_than_the_gallery_is_cut_to_it(encoder, run, data):
@@ -74,14 +111,15 @@ def test_training_goes_on_where_it_stopped(shelf, tmp_path):
 
 
 @pytest.mark.skipif("locore" not in HERE, reason="needs transformers")
-def test_a_short_training_of_locore_changes_every_matrix_that_counts(shelf):
+@pytest.mark.parametrize("kind", ["locore", "locore_patches"])
+def test_a_short_training_of_locore_changes_every_matrix_that_counts(kind, encoder, data):
+    shelf = make_shelf(kind, encoder, 6, data)
     before, _ = train_locore(shelf, 1)
     after, losses = train_locore(shelf, 3)
     assert np.isfinite(losses).all() and before.local_to_lm.weight.shape[0] == 128
     assert not torch.equal(before.local_to_lm.weight, after.local_to_lm.weight)
-    queries, gallery = shelf.queries, shelf.gallery
-    scorer = Reranker("locore", after, 10, 0.5, 0.1).scorer(queries, gallery)
-    assert scorer.queries.count == scorer.gallery.count == LISTED and scorer(0, np.arange(8)).shape == (8,)
+    assert shelf.gallery.count == KINDS[kind] and after.scale_encoder.num_embeddings == (4 if kind.endswith("patches") else 1)
+    assert reranker_scorer(after, shelf.queries, shelf.gallery)(0, np.arange(8)).shape == (8,)
 
 
 def test_another_encoder_is_refused_until_its_own_are_trained(tmp_path):
@@ -93,27 +131,28 @@ def test_another_encoder_is_refused_until_its_own_are_trained(tmp_path):
 
 
 @pytest.mark.skipif("locore" not in HERE, reason="needs transformers")
-def test_an_encoder_without_re_rankers_gets_all_of_them(tmp_path):
-    other = load_encoder("mini", random_weights=True, device="cpu")
-    paths = train_rerankers(other, 6, 2, tmp_path)
-    assert [path.stem for path in paths] == list(KINDS)
-    assert all(Reranker.load(kind, other, tmp_path).kind == kind for kind in KINDS)
+def test_an_encoder_without_re_rankers_gets_all_of_them(shelf, data):
+    other = load_encoder("mini", MINI_WEIGHTS, device="cpu")  # a file of its own, so not the shipped one; its shelf is described already
+    paths = train_rerankers(other, 6, 1, data)
+    assert [path.stem for path in paths] == list(KINDS) and all(path.is_relative_to(data) for path in paths)
+    assert all(Reranker.load(kind, other, data).kind == kind for kind in KINDS)
 
 
 def test_local_descriptors_are_read_from_disk_the_second_time(encoder, run, data, monkeypatch):
-    first = local_descriptors(run.described, encoder, data=data)
+    first = local_descriptors(run.described, encoder, data)
     monkeypatch.setattr("patchify.rerankers.local_sets", None)
-    assert all(np.array_equal(a.values, b.values) for a, b in zip(first, local_descriptors(run.described, encoder, data=data)))
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(first, local_descriptors(run.described, encoder, data)))
 
 
 @pytest.mark.parametrize("kind", HERE)
 def test_evaluate_with_a_re_ranker(kind, data, tmp_path, capsys):
-    assert main(["evaluate", "--dataset", "tiny", "--level", "1", "--data", str(data), "--rerank", kind, "--json", str(tmp_path / "found.json")]) == 0
+    assert main(["evaluate", "--dataset", "tiny", "--level", "3", "--data", str(data), "--rerank", kind, "--json", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["provenance"]["rerank"] == kind and 0 <= found["map"] <= 100 and f"{found['map']:.2f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, said", [(["--rerank", "ames2"], "unknown re-ranker"),
+                                         (["--rerank", "locore_patches"], "reads the 30 patches of a pyramid of level 3"),
                                          (["--rerank", "ames", "--backbone", "resnet10t", "--random-weights"], "no re-ranker is trained")])
 def test_a_re_ranker_that_is_not_there_is_refused_in_one_sentence(words, said, data, capsys):
     assert main(["evaluate", "--dataset", "tiny", "--level", "0", "--data", str(data), *words]) == 2
