@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from .design import Design, atlas, family, surface
 from .mini import BENCHMARK_SEEDS
@@ -36,6 +35,17 @@ def _draw(task):
         return [atlas(design, side) for design in family(seed)]
     return surface(np.random.default_rng([seed, 9]), 192, 192).clip(0, 255).astype(np.uint8)
 
+def _drawn(families, grounds, side, first, workers) -> dict[str, np.ndarray]:
+    "All prints and grounds: atlases (objects, S, 2S, 3) and grounds (grounds, 192, 192, 3), uint8."
+    tasks = [("family", first + i, side) for i in range(families)] + [("ground", first + i, side) for i in range(grounds)]
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            drawn = pool.map(_draw, tasks, chunksize=20)
+    else:
+        drawn = [_draw(task) for task in tasks]
+    return dict(atlases=np.stack([a for f in drawn[:families] for a in f]), grounds=np.stack(drawn[families:]))
+
+# %% ../nbs/13_views.ipynb #c008
 def make_props(
     families: int = 2500,  # families of three objects
     grounds: int = 1000,  # surfaces
@@ -49,21 +59,15 @@ def make_props(
         raise ValueError(f"training seeds must lie in 0..{BENCHMARK_SEEDS}, where no benchmark object is, not from {first}")
     path = Path(cache) / f"props-{families}-{grounds}-{side}-{first}.npz"
     if not path.exists():
-        tasks = [("family", first + i, side) for i in range(families)] + [("ground", first + i, side) for i in range(grounds)]
-        if workers > 1:
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                drawn = list(tqdm(pool.imap(_draw, tasks, chunksize=20), "drawing props", len(tasks), disable=None))
-        else:
-            drawn = [_draw(task) for task in tasks]
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")
-        np.savez(part, atlases=np.stack([a for f in drawn[:families] for a in f]), grounds=np.stack(drawn[families:]))
+        np.savez(part, **_drawn(families, grounds, side, first, workers))
         part.rename(path)
     with np.load(path, allow_pickle=False) as file:
         atlases, surfaces = torch.from_numpy(file["atlases"]), torch.from_numpy(file["grounds"]).permute(0, 3, 1, 2).contiguous()
     return Props([d for i in range(families) for d in family(first + i)], atlases, surfaces)
 
-# %% ../nbs/13_views.ipynb #c008
+# %% ../nbs/13_views.ipynb #c011
 class Chance:
     "The random numbers of one batch, on the device where the batch is rendered."
 
@@ -101,7 +105,7 @@ class Chance:
         "Whole numbers from 0."
         return torch.from_numpy(self.rng.integers(0, below, n)).to(self.device)
 
-# %% ../nbs/13_views.ipynb #c011
+# %% ../nbs/13_views.ipynb #c014
 def place(
     sprites: Tensor,  # (P, C, s, s)
     cx: Tensor,  # (P,) centre, -1 left to 1 right
@@ -127,7 +131,7 @@ def _ground_crops(grounds, chance, n, size) -> Tensor:
     chosen = grounds[i].to(chance.device).float().div_(255)
     return F.grid_sample(chosen, grid, padding_mode="reflection", align_corners=False)
 
-# %% ../nbs/13_views.ipynb #c014
+# %% ../nbs/13_views.ipynb #c017
 @lru_cache
 def _cosines(device) -> Tensor:
     k = torch.arange(8.)
@@ -153,7 +157,7 @@ def jpeg(
     y = blocks.permute(0, 1, 2, 4, 3, 5).reshape(b, 3, h, w) + centre
     return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(to), y) / 255
 
-# %% ../nbs/13_views.ipynb #c016
+# %% ../nbs/13_views.ipynb #c020
 def _wide(t) -> Tensor:
     return t.view(-1, 1, 1, 1)
 
@@ -184,7 +188,7 @@ def _tone(x, chance, strength) -> Tensor:
     contrast = _wide(torch.exp(chance.normal(.15, b) * strength))
     return ((x - .5) * contrast + .5 + _wide(chance.normal(.04, b) * strength)).clamp(0, 1)
 
-# %% ../nbs/13_views.ipynb #c018
+# %% ../nbs/13_views.ipynb #c023
 def _softened(x) -> Tensor:
     return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
@@ -219,7 +223,7 @@ def photographed(
         x[coded] = jpeg(x[coded], torch.exp(chance.uniform(-1.8, 1., int(coded.sum())))).clamp(0, 1)
     return x
 
-# %% ../nbs/13_views.ipynb #c021
+# %% ../nbs/13_views.ipynb #c026
 _CHUNK = 32                                                # images at a time: few enough to stay in a processor's caches
 
 def _sprites(designs, atlases, chance, size, strong, ease) -> tuple[Tensor, Tensor]:
@@ -244,7 +248,7 @@ def _queries(sprites, grounds, chance, size) -> Tensor:
     s = place(sprites, chance.normal(.03, n), chance.normal(.03, n), half, half * torch.exp(chance.normal(.03, n)), size)
     return photographed(s[:, :3] + ground * (1 - s[:, 3:]), chance, chance.uniform(0, .7, n))
 
-# %% ../nbs/13_views.ipynb #c024
+# %% ../nbs/13_views.ipynb #c029
 def _step(x) -> Tensor:
     x = x.clamp(0, 1)
     return x * x * (3 - 2 * x)
@@ -264,7 +268,7 @@ def relevance(
         result[owner[ok], columns[ok]] = torch.maximum(result[owner[ok], columns[ok]], r[ok])
     return result
 
-# %% ../nbs/13_views.ipynb #c027
+# %% ../nbs/13_views.ipynb #c034
 @dataclass
 class _Bank:
     "Sprites of a batch: posed ones first, clean ones after; object of sprite i is i modulo their number."
@@ -292,7 +296,7 @@ class _Stage:
         self.layers.append((s[:, 3], index % self.objects, w * h * self.bank.mass[index] * on))
         self.x = s[:, :3] + self.x * (1 - self.shadow * dark) * (1 - s[:, 3:])
 
-# %% ../nbs/13_views.ipynb #c028
+# %% ../nbs/13_views.ipynb #c037
 def _fingers(stage, chance, on, cx, cy, area) -> None:
     "Three skin-coloured ellipses over an edge of the object, where `on`."
     n, line = len(cx), torch.linspace(-1, 1, stage.size, device=chance.device)
@@ -327,7 +331,7 @@ def _around(stage, chance, which, has, cx, cy, area, unit, ease) -> None:
             a, on = torch.where(shelf, area, a), on | shelf
         stage.put(stage.bank.small, index, x, y, a, on)
 
-# %% ../nbs/13_views.ipynb #c029
+# %% ../nbs/13_views.ipynb #c040
 def _scene_patches(bank, grounds, target, chance, size, ease) -> tuple[Tensor, Tensor]:
     "Patches (P, 3, S, S) around `target` (P,), -1 for none, and the relevance (Q, P) of all objects to them."
     n, u, has = len(target), chance.uniform, target >= 0
@@ -346,7 +350,7 @@ def _scene_patches(bank, grounds, target, chance, size, ease) -> tuple[Tensor, T
     patches = photographed(stage.x, chance, u(.2, 1., n) * (1 - .6 * ease))
     return patches, relevance(stage.layers, q)
 
-# %% ../nbs/13_views.ipynb #c032
+# %% ../nbs/13_views.ipynb #c043
 def _cast(props, chance, families, ease) -> np.ndarray:
     "Numbers of 2 x families objects: pairs of siblings, and at ease instead of some of them pairs of strangers."
     rng = chance.rng
@@ -355,6 +359,7 @@ def _cast(props, chance, families, ease) -> np.ndarray:
     pairs = [f * 3 + rng.permutation(3)[:2] for f in chosen[:near]]
     return np.concatenate(pairs + [chosen[near:2 * families - near] * 3 + rng.integers(0, 3, 2 * (families - near))]).astype(int)
 
+# %% ../nbs/13_views.ipynb #c046
 def to_uint8(
     images: Tensor,  # any shape, 0..1
 ) -> Tensor:  # uint8
