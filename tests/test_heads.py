@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from patchify.benchmark import RetrievalSet
 from patchify.classes import LabelledSet, load_gldv2_train
 from patchify.heads import (
-    Classifier, crop_descriptors, head_descriptors, image_batches, labelled_crops, open_crop, published_plan, train_head, train_network, view_maps)
+    Classifier, head_descriptors, image_batches, labelled_crops, open_crop, published_plan, scale_descriptors, train_head, train_network, view_maps)
 from patchify.token import SCALES, DescriptorNet, FeatureMap, PoolHead, TokenHead
 from patchify.train import Plan, train
 
@@ -167,5 +168,5 @@ def test_scales_are_finished_batch_by_batch(labelled):
     net, crops = DescriptorNet(backbone, PoolHead(3, 4)), labelled_crops(labelled)
     slow = torch.cat([net.describe(torch.from_numpy(np.array(open_crop(row.file, row.box).resize((16, 16)))).permute(2, 0, 1)[None].float() / 255, SCALES) for row in crops.itertuples()])
     largest.clear()
-    assert np.allclose(crop_descriptors(net, crops, 16, batch=4), slow, atol=1e-5)
+    assert np.allclose(F.normalize(torch.from_numpy(scale_descriptors(net, crops, 16, batch=4).sum(0))), slow, atol=1e-5)
     assert max(largest) == 4 and len(largest) == 2 * len(SCALES)
