@@ -33,7 +33,7 @@ from .local import local_sets
 from .locore import LOCORE, LocoreScorer, draw_lists, load_locore, locore_loss, start_from_matching
 from .metrics import average_precisions
 from .mini import load_shelf
-from .rerank import Descriptors, Scorer, Tuned, fuse, score_shortlist, tune
+from .rerank import Descriptors, Scorer, Tuned, fuse, move_junk_last, score_shortlist, tune
 from .search import SearchResult
 from .store import extract
 from .train import Plan, train
@@ -257,7 +257,7 @@ def save_reranker(
 @dataclass(frozen=True)
 class Reranked(Retrieval):
     "A run whose shortlists are re-ranked. Winning patches stay with their images; bytes and seconds are those of both stages."
-    logits: np.ndarray  # (Q, top_k) what the model said of the shortlists, in the order of the first stage
+    logits: np.ndarray  # (Q, top_k) what the model said of the shortlists, in the order of the first stage without junk
 
 @dataclass(frozen=True)
 class Reranker:
@@ -288,13 +288,13 @@ class Reranker:
         return gallery.count * bits / 8
 
     def __call__(self, run: Retrieval, encoder: Encoder, data: str | Path = "data") -> Reranked:
-        "Re-rank the shortlists of a run. An exact index keeps the patches already, so they are counted once."
+        "Re-rank the shortlists of a run, in which junk takes no place. An exact index keeps the patches already, so they are counted once."
         queries, gallery = descriptors_of(self.kind, run, encoder, data)
         score, rows, size = reranker_scorer(self.model, queries, gallery), run.described.gallery.rows, self.stored_bytes(gallery)
         if self.kind.endswith("patches") and run.bytes_per_image >= size: size = 0
-        started = time.perf_counter()
-        logits = score_shortlist(run.result, lambda query, ids: score(query, np.searchsorted(rows, ids)), min(self.top_k, run.result.ranks.shape[1]))
-        found = fuse(run.result, logits, self.global_weight, self.gain)
+        started, clean = time.perf_counter(), move_junk_last(run.result, run.described.benchmark.junk)
+        logits = score_shortlist(clean, lambda query, ids: score(query, np.searchsorted(rows, ids)), min(self.top_k, clean.ranks.shape[1]))
+        found = fuse(clean, logits, self.global_weight, self.gain)
         return Reranked(run.described, found, run.patch_rows, run.bytes_per_image + size, run.seconds + time.perf_counter() - started, logits)
 
 # %% ../nbs/53_rerankers.ipynb #c032

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.benchmark import load
+from patchify.benchmark import RetrievalSet, load
 from patchify.cli import main
 from patchify.compress import PQIndex
 from patchify.encoder import MINI_WEIGHTS, load_encoder
 from patchify.evaluate import describe, rank
+from patchify.rerank import rerank
 from patchify.rerankers import KINDS, PARTS, PYRAMID, Reranker, descriptors_of, local_descriptors, make_shelf, reranker_file, reranker_scorer, train_ames, train_locore, train_rerankers
 
 HERE = [kind for kind in KINDS if not kind.startswith("locore") or find_spec("transformers")]
@@ -88,6 +89,16 @@ def test_the_logits_are_those_of_the_shortlist(encoder, run, data):
     found = replace(Reranker.load("ames_patches", encoder, data), top_k=6)(run, encoder, data)
     read = reranker_scorer(Reranker.load("ames_patches", encoder, data).model, *descriptors_of("ames_patches", run, encoder, data))
     assert np.array_equal(found.logits[2], read(2, np.searchsorted(run.described.gallery.rows, run.result.ranks[2, :6])))
+
+
+def test_junk_takes_no_place_in_the_shortlist(encoder, run, data, monkeypatch):
+    junk = [ranks[:3] for ranks in run.result.ranks]
+    monkeypatch.setattr(RetrievalSet, "junk", property(lambda self: junk))
+    r = replace(Reranker.load("ames_patches", encoder, data), top_k=6)
+    read, rows = reranker_scorer(r.model, *descriptors_of(r.kind, run, encoder, data)), run.described.gallery.rows
+    wanted = rerank(run.result, lambda query, ids: read(query, np.searchsorted(rows, ids)), r.top_k, r.global_weight, r.gain, junk)
+    found = r(run, encoder, data).result
+    assert np.array_equal(found.ranks, wanted.ranks) and np.array_equal(found.ranks[:, -3:], np.array(junk))
 
 
 def test_a_shortlist_longer_than_the_gallery_is_cut_to_it(encoder, run, data):
