@@ -97,7 +97,7 @@ def _sized(cutout, area) -> Image.Image:
     image, aspect = cutout
     return image.resize((max(round(math.sqrt(area * aspect)), 4), max(round(math.sqrt(area / aspect)), 4)), Image.BILINEAR, reducing_gap=2)
 
-# %% ../nbs/12_mini.ipynb #c012
+# %% ../nbs/12_mini.ipynb #c014
 def _clutter(rng, designs, light, unit, size) -> list:
     "Other objects about as large as `unit` pixels, spread over the picture: (sprite, x, y) from back to front."
     n, (w, h) = len(designs), size
@@ -108,7 +108,7 @@ def _clutter(rng, designs, light, unit, size) -> list:
     return [(s, int(c * w - s.width / 2), int(r * h - s.height / 2)) for s, r, c in zip(sprites, rows, columns)]
 
 def _position(rng, sprite, size) -> tuple[int, int]:
-    "Anywhere in the picture; a quarter of the time partly outside."
+    "Anywhere in the picture; a quarter of the time it may reach a little outside."
     beyond = rng.uniform(0, .12) if rng.random() < .25 else 0
     corner = []
     for s, length in zip(sprite.size, size):
@@ -116,6 +116,7 @@ def _position(rng, sprite, size) -> tuple[int, int]:
         corner.append(int(rng.uniform(low, high) if high > low else (length - s) / 2))
     return tuple(corner)
 
+# %% ../nbs/12_mini.ipynb #c017
 def compose(
     rng: np.random.Generator,  # decides ground, light, poses and places
     focal: Design,  # the object the scene is about
@@ -144,7 +145,7 @@ def compose(
             seen = left
     return canvas, seen > .5
 
-# %% ../nbs/12_mini.ipynb #c015
+# %% ../nbs/12_mini.ipynb #c020
 def _light(rng, h, w, strength) -> np.ndarray:
     "Illumination (h, w, 1) around 1: a gradient, sometimes a shadow with a soft edge."
     slope = np.linspace(-1, 1, h)[:, None] * rng.normal() + np.linspace(-1, 1, w)[None] * rng.normal()
@@ -166,6 +167,7 @@ def _lens(rng, image, strength) -> Image.Image:
         return image.filter(ImageFilter.Kernel((5, 5), (line / line.sum()).ravel().tolist()))
     return image
 
+# %% ../nbs/12_mini.ipynb #c023
 def photograph(
     rng: np.random.Generator,  # decides light, camera and luck
     canvas: np.ndarray,  # (H, W, 3) what is there, 0 to 255
@@ -183,7 +185,7 @@ def photograph(
     noise = rng.standard_normal((h, w, 1), np.float32) + .5 * rng.standard_normal((h, w, 3), np.float32)
     return Image.fromarray((y + rng.uniform(0, 7) * strength * noise * np.sqrt(y / 255 + .1)).clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/12_mini.ipynb #c018
+# %% ../nbs/12_mini.ipynb #c026
 SCALES = (0.0688, 0.1353, 0.2730)                          # bounds of ILIAS's scale groups, share of the image area
 _FORMATS = ((1, .75), (.75, 1), (1, 1), (1, .5625), (1, .67), (.67, 1))
 
@@ -207,7 +209,7 @@ def _query(rng, cast, k, side, group):
     mask = _stamp(canvas, sprite, (w - sprite.width) // 2, (h - sprite.height) // 2, rng.uniform(0, .25)) > .5
     return photograph(rng, canvas, .2), _tight(mask), 0., 1
 
-# %% ../nbs/12_mini.ipynb #c019
+# %% ../nbs/12_mini.ipynb #c029
 def _positive(rng, cast, k, side, group):
     low, high = (0, *SCALES, 1)[group], (*SCALES, .62)[group]
     for attempt in range(50):                              # hiding and cutting shrink a box: try until it lies in its group
@@ -229,7 +231,7 @@ def _distractor(rng, cast, k, side, group):
     canvas, _ = compose(rng, pool[rng.integers(len(pool))], others, area, _format(rng, side), hidden=bool(rng.random() < .5))
     return photograph(rng, canvas), None, 0., len(others) + 1
 
-# %% ../nbs/12_mini.ipynb #c022
+# %% ../nbs/12_mini.ipynb #c032
 _KINDS = {"query": _query, "pos": _positive, "distractor": _distractor}
 
 def _job(task):
@@ -257,7 +259,7 @@ def _tasks(root, instances, seed, size) -> list:
     tasks += [("pos", f / "pos" / f"P{k:03d}_{j:02d}.jpg", base, k, j) for k, f in enumerate(folders) for j in range(numbers["positives"])]
     return tasks + [("distractor", root / "distractors" / f"D{i:04d}.jpg", base, i, 0) for i in range(numbers["distractors"])]
 
-# %% ../nbs/12_mini.ipynb #c023
+# %% ../nbs/12_mini.ipynb #c035
 def _lists(root, tasks, facts) -> None:
     "Write image_ids/: queries, positives with scale and number of objects, and the names of the instances, which ILIAS keeps as text queries."
     lists = {"image_query_ids": [], "positive_ids": [], "text_query_ids": []}
@@ -272,6 +274,7 @@ def _lists(root, tasks, facts) -> None:
     for file, lines in lists.items():
         (root / "image_ids" / f"{file}.txt").write_text("".join(lines))
 
+# %% ../nbs/12_mini.ipynb #c038
 def make_mini(
     out: str | Path,  # a folder that does not exist yet, or an empty one
     instances: int | None = None,  # number of instances; by default that of the size
@@ -305,7 +308,7 @@ def _run(tasks, workers) -> list:
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         return list(tqdm(pool.imap(_job, tasks, chunksize=8), "drawing", len(tasks), unit="image", disable=None))
 
-# %% ../nbs/12_mini.ipynb #c028
+# %% ../nbs/12_mini.ipynb #c045
 def load_mini(
     data: str | Path,  # folder that holds made data sets
     size: str = "mini",  # mini or tiny
@@ -320,7 +323,7 @@ def load_mini(
 
 LOADERS.update(mini=load_mini, tiny=partial(load_mini, size="tiny"))
 
-# %% ../nbs/12_mini.ipynb #c029
+# %% ../nbs/12_mini.ipynb #c048
 def load_shelf(
     products: int,  # how many; below 50 their scenes are small
     data: str | Path = "data",  # folder that holds made data sets
