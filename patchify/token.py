@@ -343,10 +343,7 @@ class FeatureMap(nn.Module):
         std: tuple[float, ...] = (0.229, 0.224, 0.225),  # of the training images, per channel
     ):
         super().__init__()
-        self.model, self.channels = model, model.num_features
-        patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-        self.patch = tuple(patch) if patch else None
-        self.stride = max(patch) if patch else model.feature_info[-1]["reduction"]
+        self.model, self.channels, self.stride = model, model.num_features, model.feature_info[-1]["reduction"]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -355,10 +352,10 @@ class FeatureMap(nn.Module):
         if min(height, width) < self.stride:
             raise ValueError(f"images of {width} x {height} pixels are smaller than the backbone's stride of {self.stride} pixels")
         features = self.model.forward_features((images - self.mean) / self.std)
-        if self.patch is None:
-            return features
-        tokens = features[:, getattr(self.model, "num_prefix_tokens", 0):]
-        return tokens.transpose(1, 2).unflatten(2, (height // self.patch[0], width // self.patch[1]))
+        if features.dim() == 4:
+            return features if features.shape[1] == self.channels else features.permute(0, 3, 1, 2)
+        rows, cols = -(-height // self.stride), -(-width // self.stride)
+        return features[:, features.shape[1] - rows * cols:].transpose(1, 2).unflatten(2, (rows, cols))   # class tokens stand in front
 
 # %% ../nbs/44_token.ipynb #c056
 class DescriptorNet(nn.Module):

@@ -1,5 +1,6 @@
 """Descriptors from feature maps: invariances, checkpoints, gradients and the errors a user meets."""
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -160,6 +161,18 @@ def test_backbone_normalises_and_refuses_images_below_its_stride():
     assert torch.allclose(backbone(torch.full((1, 3, 16, 24), 0.75)), torch.ones(1, 3, 2, 3))
     with pytest.raises(ValueError, match="30 x 7 pixels .* stride of 8"):
         backbone(torch.rand(1, 3, 7, 30))
+
+
+@pytest.mark.parametrize("name", ["lcnet_035", "efficientnet_b0", "test_vit", "swin_tiny_patch4_window7_224", "pvt_v2_b0", "xcit_nano_12_p16_224", "hiera_tiny_224", "volo_d1_224"])
+def test_maps_of_every_family_of_backbones(name):
+    "Channels first or last, a grid or a row of tokens, with class tokens or without: a map with one cell for each stride."
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0)
+    backbone, size = FeatureMap(model).eval(), model.default_cfg["input_size"][-1]
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, size, size))
+        known = model.forward_intermediates(torch.zeros(1, 3, size, size), indices=1, intermediates_only=True)[-1].shape[2:] if hasattr(model, "forward_intermediates") else maps.shape[2:]
+    assert maps.shape == (1, backbone.channels, *known) and maps.shape[2] == maps.shape[3] == size // backbone.stride
 
 
 def test_describe_restores_the_mode_and_gives_unit_rows():
