@@ -50,7 +50,7 @@ def geometry(
     numbers = [torch.tensor(values, dtype=torch.float32) for values in (planes, frusta, extents)]
     return numbers[0], numbers[1], numbers[2], torch.tensor(is_round)
 
-# %% ../nbs/08_render.ipynb #c008
+# %% ../nbs/08_render.ipynb #c010
 def rotation(
     yaw: Tensor,  # (B,) radians around the upright axis
     pitch: Tensor,  # (B,) radians; positive shows the top
@@ -75,7 +75,7 @@ def window(
     x, y = corners[..., 0] / depth, -corners[..., 1] / depth
     return torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], -1)
 
-# %% ../nbs/08_render.ipynb #c011
+# %% ../nbs/08_render.ipynb #c013
 def _hit_planes(o, d, planes):
     "Rays o (B, 3) + t d (B, N, 3): length to the first hit, index of the plane, whether there is a hit."
     n, offset = planes[..., :3], planes[..., 3]
@@ -86,6 +86,22 @@ def _hit_planes(o, d, planes):
     leave = torch.where(toward > 0, t, torch.full_like(t, 1e9)).amin(-1)
     return enter, index, enter < leave
 
+# %% ../nbs/08_render.ipynb #c016
+def _hit_side(o, d, frustum):
+    "Both crossings of rays with the side of one frustum (B, 4): [(length, whether it lies on the frustum and ahead), ...], slope (B, 1)."
+    (ox, oy, oz), (dx, dy, dz), (y0, y1, r0, r1) = o, d, (frustum[:, j, None] for j in range(4))
+    k = (r1 - r0) / (y1 - y0)
+    q = r0 + k * (oy - y0)
+    a, b, c = dx * dx + dz * dz - (k * dy) ** 2, ox * dx + oz * dz - q * k * dy, ox * ox + oz * oz - q * q
+    a = torch.where(a.abs() < 1e-6, torch.full_like(a, 1e-6), a)
+    inside = b * b - a * c
+    root, found = inside.clamp_min(0).sqrt(), []
+    for sign in (-1, 1):
+        t = (-b + sign * root) / a
+        y = oy + t * dy
+        found.append((t, (inside > 0) & (t > 0) & (y >= y0) & (y <= y1) & (q + k * t * dy >= 0)))
+    return found, k
+
 def _hit_frusta(o, d, frusta):
     "First hit with a stack of frusta and its two discs: length, part (0, 1, 2 upwards, 3 top, 4 bottom), hit, slope of the side."
     best = torch.full(d.shape[:2], 1e9, device=d.device)
@@ -94,17 +110,9 @@ def _hit_frusta(o, d, frusta):
     dx, dy, dz = d.unbind(-1)
     dy = torch.where(dy.abs() < 1e-5, torch.full_like(dy, 1e-5), dy)
     for i in range(3):
-        y0, y1, r0, r1 = (frusta[:, i, j, None] for j in range(4))
-        k = (r1 - r0) / (y1 - y0)
-        q = r0 + k * (oy - y0)
-        a, b, c = dx * dx + dz * dz - (k * dy) ** 2, ox * dx + oz * dz - q * k * dy, ox * ox + oz * oz - q * q
-        a = torch.where(a.abs() < 1e-6, torch.full_like(a, 1e-6), a)
-        inside = b * b - a * c
-        root = inside.clamp_min(0).sqrt()
-        for sign in (-1, 1):
-            t = (-b + sign * root) / a
-            y = oy + t * dy
-            ok = (inside > 0) & (t > 0) & (y >= y0) & (y <= y1) & (q + k * t * dy >= 0) & (t < best)
+        found, k = _hit_side((ox, oy, oz), (dx, dy, dz), frusta[:, i])
+        for t, ok in found:
+            ok = ok & (t < best)
             best, part = torch.where(ok, t, best), torch.where(ok, torch.full_like(part, i), part)
             slope = torch.where(ok, k.expand_as(slope), slope)
     for y, r, name in ((frusta[:, 2, 1, None], frusta[:, 2, 3, None], 3), (frusta[:, 0, 0, None], frusta[:, 0, 2, None], 4)):
@@ -113,7 +121,7 @@ def _hit_frusta(o, d, frusta):
         best, part = torch.where(ok, t, best), torch.where(ok, torch.full_like(part, name), part)
     return best, part, best < 1e8, slope
 
-# %% ../nbs/08_render.ipynb #c014
+# %% ../nbs/08_render.ipynb #c021
 _FRONT, _SIDE, _LID = (0., 0., .5, 1.), (.5, 0., 1., .625), (.5, .625, 1., 1.)      # the faces in patchify.design.atlas
 
 def _into(rectangle, u, v):
@@ -143,7 +151,7 @@ def _round_print(p, part, frusta, span):
     body, label = part == 0, angle.abs() < s
     return torch.where(body, torch.where(label, fu, bu), lu), torch.where(body, torch.where(label, fv, bv), lv)
 
-# %% ../nbs/08_render.ipynb #c017
+# %% ../nbs/08_render.ipynb #c024
 def _shade(rgb, normal, view, pose):
     light = pose["light"][:, None]
     lambert = (normal * light).sum(-1).clamp_min(0)
@@ -166,7 +174,7 @@ def _folds(u, v, pose, size):
     field = F.grid_sample(noise, grid.view(len(u), size, size, 2), padding_mode="reflection", align_corners=False)
     return field.view(len(u), 3, -1) * pose["wrinkle"][:, None, None]
 
-# %% ../nbs/08_render.ipynb #c020
+# %% ../nbs/08_render.ipynb #c027
 def draw_pose(
     rng: np.random.Generator,  # source of all numbers
     n: int,  # number of views
@@ -186,7 +194,7 @@ def draw_pose(
                 ambient=u(.35, .85) if strong else u(.6, .95), gloss=u(0, 1) ** 3 * (.9 if strong else .4), shine=u(8, 60), span=u(1.1, 1.7),
                 wrinkle=u(0, 1) ** 3 * .4, shift=torch.stack([u(-1, 1), u(-1, 1)], -1), freq=u(.3, 1.1))
 
-# %% ../nbs/08_render.ipynb #c023
+# %% ../nbs/08_render.ipynb #c030
 def _rays(extents, pose, size):
     "Ray origins (B, 3) and directions (B, N, 3) in object space, directions in camera space, rotation, aspect of the window."
     turned = rotation(pose["yaw"], pose["pitch"], pose["roll"])
@@ -200,29 +208,35 @@ def _rays(extents, pose, size):
     origin = (torch.stack([nil, nil, reach], -1)[:, None] @ turned)[:, 0]
     return origin, seen @ turned, seen, turned, (x1 - x0) / (y1 - y0)
 
+# %% ../nbs/08_render.ipynb #c033
+def _flat_hits(planes, extents, origin, direction):
+    "Atlas coordinates, normals and hit masks of rays against flat-sided solids."
+    t, index, ok = _hit_planes(origin, direction, planes)
+    p = origin[:, None] + t[..., None].clamp(-1e3, 1e3) * direction
+    normal = torch.gather(planes[..., :3], 1, index[..., None].expand(-1, -1, 3))
+    return *_flat_print(p, index, extents), normal, ok
+
+def _round_hits(frusta, span, origin, direction):
+    "The same against round solids."
+    t, part, ok, slope = _hit_frusta(origin, direction, frusta)
+    p = origin[:, None] + t[..., None].clamp_max(1e3) * direction
+    up = torch.where(part == 3, 1., torch.where(part == 4, -1., 0.))
+    out = torch.stack([p[..., 0], -slope * (p[..., 0] ** 2 + p[..., 2] ** 2).sqrt(), p[..., 2]], -1)
+    level = torch.stack([torch.zeros_like(up), up, torch.zeros_like(up)], -1)
+    return *_round_print(p, part, frusta, span), torch.where((up != 0)[..., None], level, F.normalize(out, dim=-1)), ok
+
 def _hits(solids, origin, direction, span):
     "Atlas coordinates, normals and hit masks of all rays."
     planes, frusta, extents, is_round = solids
     u = torch.zeros(direction.shape[:2], device=direction.device)
     v, hit, normal = u.clone(), torch.zeros_like(u, dtype=torch.bool), torch.zeros_like(direction)
-    i = (~is_round).nonzero()[:, 0]
-    if len(i):
-        t, index, ok = _hit_planes(origin[i], direction[i], planes[i])
-        p = origin[i, None] + t[..., None].clamp(-1e3, 1e3) * direction[i]
-        u[i], v[i] = _flat_print(p, index, extents[i])
-        normal[i], hit[i] = torch.gather(planes[i][..., :3], 1, index[..., None].expand(-1, -1, 3)), ok
-    i = is_round.nonzero()[:, 0]
-    if len(i):
-        t, part, ok, slope = _hit_frusta(origin[i], direction[i], frusta[i])
-        p = origin[i, None] + t[..., None].clamp_max(1e3) * direction[i]
-        u[i], v[i] = _round_print(p, part, frusta[i], span[i])
-        up = torch.where(part == 3, 1., torch.where(part == 4, -1., 0.))
-        out = torch.stack([p[..., 0], -slope * (p[..., 0] ** 2 + p[..., 2] ** 2).sqrt(), p[..., 2]], -1)
-        level = torch.stack([torch.zeros_like(up), up, torch.zeros_like(up)], -1)
-        normal[i], hit[i] = torch.where((up != 0)[..., None], level, F.normalize(out, dim=-1)), ok
+    for i, trace in (((~is_round).nonzero()[:, 0], lambda i: _flat_hits(planes[i], extents[i], origin[i], direction[i])),
+                     (is_round.nonzero()[:, 0], lambda i: _round_hits(frusta[i], span[i], origin[i], direction[i]))):
+        if len(i):
+            u[i], v[i], normal[i], hit[i] = trace(i)
     return u, v, normal, hit
 
-# %% ../nbs/08_render.ipynb #c025
+# %% ../nbs/08_render.ipynb #c036
 def render(
     solids: tuple[Tensor, Tensor, Tensor, Tensor],  # what `geometry` returned for B designs
     atlases: Tensor,  # (B, 3, S, 2S) uint8 prints
