@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['labelled_crops', 'open_crop', 'view_maps', 'Classifier', 'train_head', 'head_descriptors', 'scale_descriptors',
-           'image_batches', 'published_plan', 'train_network']
+           'photo_descriptors', 'image_batches', 'published_plan', 'train_network']
 
 # %% ../nbs/47_heads.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .asymmetric import draw_views, in_threads, one_view_each, render
 from .benchmark import RetrievalSet, open_image
 from .classes import LabelledSet
-from .token import SCALES, ArcFace, DescriptorNet
+from .token import SCALES, ArcFace, DescriptorNet, limit_size
 from .train import Plan, train
 
 # %% ../nbs/47_heads.ipynb #c006
@@ -137,15 +137,29 @@ def scale_descriptors(
     batch: int = 32,  # images at a time
 ) -> np.ndarray:  # (S, N, D) float32 unit rows
     "Descriptors of plain crops at each scale; never more maps in memory than those of a batch."
-    described = []
+    described, device = [], next(net.parameters(), torch.empty(0)).device
     for start in range(0, len(crops), batch):
         part = crops.iloc[start : start + batch]
         squares = in_threads(lambda file, box: np.asarray(open_crop(file, box).resize((size, size))), part["file"], part["box"])
-        images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
+        images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(device) / 255
         described.append(torch.stack([net.describe(images, (scale,)).cpu() for scale in scales]))
     return torch.cat(described, 1).numpy()
 
 # %% ../nbs/47_heads.ipynb #c023
+def photo_descriptors(
+    net: DescriptorNet,  # backbone and trained head
+    crops: pd.DataFrame,  # file, box; the whole image where there is none
+    longest: int = 1024,  # limit on the longer side of a whole image, pixels
+    scales: tuple[float, ...] = SCALES,  # factors on both sides
+) -> np.ndarray:  # (N, D) float32 unit rows
+    "Descriptors of images in their own shape. Token, official evaluation."
+    described, device = [], next(net.parameters(), torch.empty(0)).device
+    for file, box in zip(crops["file"], crops["box"]):
+        pixels = np.array(limit_size(open_image(file), None if box is None else tuple(map(float, box)), longest))
+        described.append(net.describe(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device) / 255, scales).cpu())
+    return torch.cat(described).numpy()
+
+# %% ../nbs/47_heads.ipynb #c026
 def image_batches(
     crops: pd.DataFrame,  # file, box, label
     size: int,  # side of the square input, pixels; Token 512
@@ -174,7 +188,7 @@ def published_plan(
     epoch = -(-images // batch)
     return Plan(epochs * epoch, 0.01 * per_gpu / 256, warmup * epoch, 1e-4, "sgd", accumulate=batch // per_gpu)
 
-# %% ../nbs/47_heads.ipynb #c025
+# %% ../nbs/47_heads.ipynb #c028
 def train_network(
     net: nn.Module,  # images (B, 3, H, W) -> (B, D), e.g. a DescriptorNet, on the device to train on; changed in place, left in eval mode
     crops: pd.DataFrame,  # file, box, label

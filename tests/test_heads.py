@@ -14,7 +14,7 @@ from torch import nn
 from patchify.benchmark import RetrievalSet
 from patchify.classes import LabelledSet, load_gldv2_train
 from patchify.heads import (
-    Classifier, head_descriptors, image_batches, labelled_crops, open_crop, published_plan, scale_descriptors, train_head, train_network, view_maps)
+    Classifier, head_descriptors, image_batches, labelled_crops, open_crop, photo_descriptors, published_plan, scale_descriptors, train_head, train_network, view_maps)
 from patchify.token import SCALES, DescriptorNet, FeatureMap, PoolHead, TokenHead
 from patchify.train import Plan, train
 
@@ -156,6 +156,20 @@ def test_the_published_run_of_token_starts_and_goes_on(tmp_path):
     again = fresh()
     assert train_network(again, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "parts.safetensors") == losses
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_photographs_keep_their_shape_and_a_query_its_scale(tmp_path):
+    Image.new("RGB", (400, 200), "red").save(tmp_path / "wide.png")
+    seen = []
+
+    def backbone(images):
+        seen.append(tuple(images.shape[2:]))
+        return nn.functional.avg_pool2d(images, 4)
+
+    crops = pd.DataFrame({"file": [str(tmp_path / "wide.png")] * 2, "box": pd.Series([None, np.array([0, 0, 200, 100], np.float32)], dtype=object)})
+    vectors = photo_descriptors(DescriptorNet(backbone, PoolHead(3, 4)), crops, longest=200)
+    assert seen == [(100, 200), (141, 282), (70, 141), (50, 100), (70, 141), (35, 70)]     # half of the picture, half of the limit
+    assert vectors.shape == (2, 4) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
 def test_scales_are_finished_batch_by_batch(labelled):
