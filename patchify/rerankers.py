@@ -139,6 +139,7 @@ class Shelf:
         held_out = (self.instance[rows] >= self.trained) & (self.instance[rows] < len(self.queries))
         return np.where(held_out, -1, rows)
 
+# %% ../nbs/53_rerankers.ipynb #c016
 def make_shelf(
     kind: str,  # one of KINDS: whose descriptors
     encoder: Encoder,
@@ -149,7 +150,7 @@ def make_shelf(
     run = rank(describe(load_shelf(products, data), encoder, PYRAMID, Path(data) / "stores"))
     return Shelf(run, *descriptors_of(kind, run, encoder, data))
 
-# %% ../nbs/53_rerankers.ipynb #c018
+# %% ../nbs/53_rerankers.ipynb #c019
 def train_ames(
     shelf: Shelf,
     steps: int = 400,  # optimiser steps
@@ -176,7 +177,7 @@ def train_ames(
     losses = train(model, loss, Plan(steps, 1e-3 if teacher is None else 5e-4, steps // 8, seed=seed), checkpoint)
     return model.eval(), losses
 
-# %% ../nbs/53_rerankers.ipynb #c021
+# %% ../nbs/53_rerankers.ipynb #c022
 LENGTH = 40  # images per list of LOCORE
 
 def train_locore(
@@ -200,7 +201,7 @@ def train_locore(
     losses = train(model, loss, Plan(steps, 5e-4, steps // 8, seed=seed), checkpoint)
     return model.eval(), losses
 
-# %% ../nbs/53_rerankers.ipynb #c024
+# %% ../nbs/53_rerankers.ipynb #c025
 def reranker_scorer(
     model: AMES | LOCORE,  # trained
     queries: Descriptors,
@@ -226,7 +227,7 @@ def tune_reranker(
     metric = lambda found: float(np.nanmean(average_precisions(found.ranks, positives, k=1000, variant="ilias", scores=found.scores)))
     return tune(result, lambda query, rows: scorer(shelf.trained + query, rows), metric, [min(k, result.ranks.shape[1]) for k in top_k], gain=(0.03, 0.1, 0.3, 1.0))
 
-# %% ../nbs/53_rerankers.ipynb #c027
+# %% ../nbs/53_rerankers.ipynb #c028
 def reranker_file(
     kind: str,  # one of KINDS
     encoder: Encoder,
@@ -253,12 +254,13 @@ def save_reranker(
     save_file({name: tensor.half().contiguous().cpu() for name, tensor in model.state_dict().items()}, path, metadata=about)
     return Path(path)
 
-# %% ../nbs/53_rerankers.ipynb #c028
+# %% ../nbs/53_rerankers.ipynb #c029
 @dataclass(frozen=True)
 class Reranked(Retrieval):
     "A run whose shortlists are re-ranked. Winning patches stay with their images; bytes and seconds are those of both stages."
     logits: np.ndarray  # (Q, top_k) what the model said of the shortlists, in the order of the first stage without junk
 
+# %% ../nbs/53_rerankers.ipynb #c030
 @dataclass(frozen=True)
 class Reranker:
     "A trained model with its settings: `Reranker.load(\"ames\", encoder)(run, encoder)` -> the run with its shortlists re-ranked."
@@ -297,7 +299,7 @@ class Reranker:
         found = fuse(clean, logits, self.global_weight, self.gain)
         return Reranked(run.described, found, run.patch_rows, run.bytes_per_image + size, run.seconds + time.perf_counter() - started, logits)
 
-# %% ../nbs/53_rerankers.ipynb #c032
+# %% ../nbs/53_rerankers.ipynb #c034
 def train_rerankers(
     encoder: Encoder,
     products: int = 300,  # drawn products to learn from; scenes are small below 50
