@@ -86,12 +86,12 @@ def descriptors_of(
     data: str | Path = "data",  # folder of what was extracted before
 ) -> tuple[Descriptors, Descriptors]:  # of the queries, and of the gallery in the order of `run.described.gallery.rows`
     "What a kind of re-ranker reads of both sides: the strongest local descriptors, or the patches."
+    scheme, levels = run.described.regions.kind, run.described.regions.levels[run.patch_rows][:KINDS[kind]]
+    whole = scheme == "pyramid" and np.array_equal(levels, PYRAMID.levels)
+    if kind == "locore_patches" and not whole or kind == "ames_patches" and scheme == "pool":
+        raise ValueError(f"{kind} cannot read the {run.patches} {scheme} patches of this search: LOCORE needs a pyramid of level {PYRAMID.level}, AMES any patches that were encoded one by one")
     sides = patch_descriptors(run, encoder, data) if kind.endswith("patches") else local_descriptors(run.described, encoder, data)
-    queries, gallery = (first(side, KINDS[kind]) for side in sides)
-    if kind == "locore_patches" and not np.array_equal(gallery.scales[0], PYRAMID.levels):
-        raise ValueError(f"{kind} reads the {PYRAMID.count} patches of a pyramid of level {PYRAMID.level}, and this search has {run.patches} {run.described.regions.kind} patches: "
-                         f"search a pyramid of level {PYRAMID.level}, or take ames_patches, which reads any number")
-    return queries, gallery
+    return tuple(first(side, KINDS[kind]) for side in sides)
 
 def first(
     side: Descriptors,  # in blocks

@@ -81,7 +81,7 @@ def test_ames_reads_the_patches_that_a_shallower_search_has(level, patches, enco
 
 @pytest.mark.parametrize("other", [dict(level=2), dict(only=3)])
 def test_locore_refuses_patches_that_are_not_the_thirty_it_knows(other, encoder, run, data):
-    with pytest.raises(ValueError, match="reads the 30 patches of a pyramid of level 3"):
+    with pytest.raises(ValueError, match="cannot read the .* pyramid patches of this search: LOCORE needs a pyramid of level 3"):
         descriptors_of("locore_patches", rank(run.described, **other), encoder, data)
 
 
@@ -163,7 +163,8 @@ def test_evaluate_with_a_re_ranker(kind, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, said", [(["--rerank", "ames2"], "unknown re-ranker"),
-                                         (["--rerank", "locore_patches"], "reads the 30 patches of a pyramid of level 3"),
+                                         (["--rerank", "locore_patches"], "cannot read the 1 pyramid patches of this search"),
+                                         (["--rerank", "ames_patches", "--regions", "pool"], "cannot read the 1 pool patches of this search"),
                                          (["--rerank", "ames", "--backbone", "resnet10t", "--random-weights"], "no re-ranker is trained")])
 def test_a_re_ranker_that_is_not_there_is_refused_in_one_sentence(words, said, data, capsys):
     assert main(["evaluate", "--dataset", "tiny", "--level", "0", "--data", str(data), *words]) == 2
