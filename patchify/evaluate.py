@@ -35,6 +35,9 @@ class Described:
     regions: Regions
     unreadable: int  # query images left out
 
+    def __repr__(self):
+        return f"Described({self.benchmark}, {self.regions.count} descriptors of {self.queries.shape[1]} dimensions per image)"
+
     def query_image(self, query: int) -> Image.Image:
         "The query as the encoder saw it: cropped to its box."
         row = self.benchmark.queries.iloc[query]
@@ -77,6 +80,9 @@ class Retrieval:
     bytes_per_image: float  # of the index
     seconds: float  # of the search, all queries together
 
+    def __repr__(self):
+        return f"Retrieval({self.described}, {self.patches} searched, {self.result})"
+
     @property
     def patches(self) -> int:
         "Patches per image that were searched."
@@ -87,20 +93,25 @@ class Retrieval:
         return self.described.gallery_boxes(image)[self.patch_rows]
 
     @cached_property
+    def ranks(self) -> np.ndarray:  # (Q, K) int64 gallery rows, -1 = none
+        "The ranking without the images that a compressed index never looked at: they were not retrieved."
+        return np.where(np.isneginf(self.result.scores), -1, self.result.ranks)
+
+    @cached_property
     def overlaps(self) -> list[np.ndarray]:
         "IoU of the winning patch at each retrieved positive of each query."
         b = self.described.benchmark
-        return location_overlaps(self.result.ranks, self.result.patch_ids, b.positives, self.patch_boxes, b.gallery["boxes"].tolist(), b.junk)
+        return location_overlaps(self.ranks, self.result.patch_ids, b.positives, self.patch_boxes, b.gallery["boxes"].tolist(), b.junk)
 
     def locscores(self, tau: float | str = "default", weight: str = "iou") -> np.ndarray:
         "LocScore of every query: (Q,), a share, NaN where unknown."
         b = self.described.benchmark
-        return locscores(self.result.ranks, b.positives, self.overlaps, tau, weight, b.junk, k=1000)
+        return locscores(self.ranks, b.positives, self.overlaps, tau, weight, b.junk, k=1000)
 
     def measure(self) -> pd.DataFrame:
         "One row per query: ap (ILIAS, @1000), locscore_iou, locscore_hit (threshold 0.4); shares, NaN where unknown."
         b = self.described.benchmark
-        ap = average_precisions(self.result.ranks, b.positives, b.junk, k=1000, variant="ilias", scores=self.result.scores)
+        ap = average_precisions(self.ranks, b.positives, b.junk, k=1000, variant="ilias", scores=self.result.scores)
         return pd.DataFrame({"id": b.queries["id"], "ap": ap, "locscore_iou": self.locscores(), "locscore_hit": self.locscores(weight="hit")})
 
 # %% ../nbs/52_evaluate.ipynb #c012
@@ -110,12 +121,12 @@ def rank(
     only: int | None = None,  # search just the grid of this level
     index: Callable[[list[np.ndarray], np.ndarray], ImageIndex] = ExactIndex,  # (blocks, gallery rows) -> index
 ) -> Retrieval:
-    "Rank the gallery for every query."
-    levels = described.regions.levels
+    "Rank the gallery for every query: a `Described` -> a `Retrieval`, by exact search or with the index that `index` builds."
+    levels, asked = described.regions.levels, level if only is None else only
+    if asked is not None and asked not in levels:
+        raise ValueError(f"level {asked} is not in a store of {described.regions}")
     wanted = levels == only if only is not None else levels <= (levels.max() if level is None else level)
     patch_rows = np.flatnonzero(wanted)
-    if not len(patch_rows):
-        raise ValueError(f"level {level if only is None else only} is not in a store of {described.regions}")
     part = slice(patch_rows[0], patch_rows[-1] + 1)
     blocks = [block[:, part] for block in described.gallery.descriptors()]
     built = index(blocks, described.gallery.rows)
@@ -139,7 +150,7 @@ def winners(
     b, levels = run.described.benchmark, run.described.regions.levels[run.patch_rows]
     rows = []
     for query, right in enumerate(b.positives):
-        for place in np.flatnonzero(np.isin(run.result.ranks[query], right)):
+        for place in np.flatnonzero(np.isin(run.ranks[query], right)):
             image, patch = run.result.ranks[query, place], run.result.patch_ids[query, place]
             patches, truth = run.patch_boxes(image), b.gallery["boxes"][image]
             overlaps = iou(patches, truth).max(1) if len(truth) else np.full(run.patches, np.nan)
@@ -174,6 +185,6 @@ def figures_of(
     return {"map": percent(ap.mean), "map_ci": [percent(ap.lo), percent(ap.hi)],
             "locscore_iou": percent(iou_weighed.mean), "locscore_hit": percent(hits.mean),
             "queries": ap.queries, "gallery": len(run.described.benchmark.gallery), "patches": run.patches, "bytes_per_image": run.bytes_per_image,
-            "left_out": {"without positives": ap.left_out, "unreadable queries": run.described.unreadable,
+            "left_out": {"without positives": ap.left_out, "of LocScore, for want of a true box": int((table["ap"].notna() & table["locscore_iou"].isna()).sum()), "unreadable queries": run.described.unreadable,
                          "unreadable gallery images": len(run.described.benchmark.gallery) - len(run.described.gallery)},
             "seconds": {"extract": run.described.gallery.seconds and round(run.described.gallery.seconds, 2), "search": round(run.seconds, 3)}}

@@ -379,7 +379,7 @@ def save_similarities(
     path: str | Path,  # ends in .pkl or .json, which decides the format
     query_ids: Sequence[str],  # Q ids as the data set writes them, instance first: "cup_001/query/Q001_00.jpg"
     gallery_ids: Sequence[str],  # n_gallery ids
-    scores: np.ndarray,  # (Q, K) similarities
+    scores: np.ndarray,  # (Q, K) similarities, -inf = the image was never looked at and is not listed
     ranks: np.ndarray,  # (Q, K) gallery indices, -1 = none
 ) -> Path:  # the file written
     "Write the similarity file that ILIAS's official evaluator reads."
@@ -392,6 +392,7 @@ def save_similarities(
         raise ValueError(f"{len(query_ids)} query ids, scores {scores.shape} and ranks {ranks.shape} do not belong together")
     if min(len(set(ids)) - len(ids) for ids in (query_ids, gallery_ids)) < 0:
         raise ValueError("query_ids and gallery_ids must each be unique")
+    ranks = np.where(np.isneginf(scores), -1, ranks)
     if not np.isfinite(scores[ranks >= 0]).all():
         raise ValueError("scores holds values that are not finite")
     part = path.with_name(path.name + ".part")

@@ -25,6 +25,9 @@ class SearchResult:
     ranks: np.ndarray  # (Q, K) int64 gallery indices, best first, -1 = none
     patch_ids: np.ndarray  # (Q, K) int64 winning patch of each image, 0..P-1, -1 = none
 
+    def __repr__(self):
+        return f"SearchResult({self.ranks.shape[0]} queries x {self.ranks.shape[1]} images)"
+
     def __post_init__(self):
         shapes = [np.shape(a) for a in (self.scores, self.ranks, self.patch_ids)]
         if len(set(shapes)) > 1 or len(shapes[0]) != 2:
