@@ -111,6 +111,7 @@ def describe(
         y = model(x)
     return F.normalize(y.float(), dim=1)
 
+# %% ../nbs/26_training.ipynb #c016
 def training_step(
     model: nn.Module,  # in training mode; its weights change
     optimizer: torch.optim.Optimizer,  # over the model's parameters
@@ -132,7 +133,7 @@ def training_step(
     optimizer.step()
     return loss.item()
 
-# %% ../nbs/26_training.ipynb #c016
+# %% ../nbs/26_training.ipynb #c019
 def save_encoder(
     weights: dict[str, Tensor],  # state dict of the network
     recipe: Recipe,  # that made them
@@ -158,7 +159,7 @@ def training_record(
     curve = [round(float(np.mean(history[i:i + width])), 4) for i in range(0, len(history), width)]
     return dict(steps=len(history), seconds=round(seconds), hardware=name, torch=torch.__version__, timm=timm.__version__, curve=curve, curve_steps=width)
 
-# %% ../nbs/26_training.ipynb #c019
+# %% ../nbs/26_training.ipynb #c022
 class _Batches(torch.utils.data.Dataset):
     "Batch number -> what `make_batch` returns."
 
@@ -182,12 +183,19 @@ def _batches(props, recipe, first, device, workers):
     return iter(torch.utils.data.DataLoader(data, batch_size=None, sampler=range(first, recipe.steps), num_workers=workers,
                                             prefetch_factor=3 if workers else None))
 
+# %% ../nbs/26_training.ipynb #c025
 def _optimizer(model, recipe):
     kernels, others = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": kernels, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(.9, .98))
 
-# %% ../nbs/26_training.ipynb #c020
+@torch.no_grad()
+def _follow(average, model, decay) -> None:
+    "Move the averaged weights towards the model's, in place."
+    for name, value in model.state_dict().items():
+        average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
+
+# %% ../nbs/26_training.ipynb #c028
 def _restore(path, model, optimizer, recipe) -> dict:
     "The state of an earlier run of the same recipe, or a fresh one."
     if not path.exists():
@@ -207,13 +215,7 @@ def _keep(path, model, optimizer, recipe, state) -> None:
     torch.save(whole, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
 
-@torch.no_grad()
-def _follow(average, model, decay) -> None:
-    "Move the averaged weights towards the model's, in place."
-    for name, value in model.state_dict().items():
-        average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
-
-# %% ../nbs/26_training.ipynb #c021
+# %% ../nbs/26_training.ipynb #c031
 def train(
     recipe: Recipe,  # what to train
     out: str | Path,  # folder of the checkpoint and of the weights
@@ -244,7 +246,7 @@ def train(
         return checkpoint
     return save_encoder(state["average"], recipe, out / "mini.safetensors", training_record(state["history"], state["seconds"], device))
 
-# %% ../nbs/26_training.ipynb #c028
+# %% ../nbs/26_training.ipynb #c038
 def held_out(
     model: nn.Module,  # in evaluation mode
     size: int,  # input side in pixels
@@ -264,11 +266,25 @@ def held_out(
         values += ((precision * hits).sum(1) / found.clamp_min(1))[found > 0].tolist()
     return 100 * float(np.mean(values))
 
-# %% ../nbs/26_training.ipynb #c031
+# %% ../nbs/26_training.ipynb #c041
 SHORT = Recipe(steps=120, size=64, families=24, empty=16, warmup=20, ramp=.3, grow=0., ema=.9)
 VARIANTS = ({}, {"architecture": "regnetx_004"}, {"architecture": "mobilenetv4_conv_small"}, {"temperature": .03}, {"temperature": .12},
             {"mild": .5}, {"mild": 1.}, {"empty": 0}, {"size": 96})
 
+def _short_run(
+    recipe: Recipe,  # what to train, without checkpoints
+    props: Props,  # objects and grounds
+) -> tuple[nn.Module, list[float]]:  # the network with its averaged weights, the losses
+    "Train a variant from the first step to the last. recipe -> model, losses"
+    model, losses = build(recipe), []
+    optimizer, average = _optimizer(model, recipe), {k: v.clone() for k, v in model.state_dict().items()}
+    for step, batch in zip(range(recipe.steps), _batches(props, recipe, 0, "cpu", 0)):
+        losses.append(training_step(model.train(), optimizer, batch, recipe, step))
+        _follow(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+    model.load_state_dict(average)
+    return model, losses
+
+# %% ../nbs/26_training.ipynb #c044
 def ablate(
     path: str | Path,  # csv file to write, row by row
     base: Recipe = SHORT,  # what the variants change
@@ -283,13 +299,8 @@ def ablate(
     path.parent.mkdir(parents=True, exist_ok=True)
     for variant in variants:
         recipe, started = replace(base, **variant), time.time()
-        model, losses = build(recipe), []
-        optimizer, average = _optimizer(model, recipe), {k: v.clone() for k, v in model.state_dict().items()}
-        for step, batch in zip(range(recipe.steps), _batches(props, recipe, 0, "cpu", 0)):
-            losses.append(training_step(model.train(), optimizer, batch, recipe, step))
-            _follow(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+        model, losses = _short_run(recipe, props)
         seconds = time.time() - started
-        model.load_state_dict(average)
         rows.append(dict(changed=", ".join(f"{k}={v}" for k, v in variant.items()) or "nothing", parameters=sum(p.numel() for p in model.parameters()),
                          steps=recipe.steps, held_out_map=round(held_out(model.eval(), recipe.size, batches, judge), 2),
                          loss=round(float(np.mean(losses[-10:])), 4), seconds=round(seconds), hardware=training_record([], 0)["hardware"]))
@@ -299,7 +310,7 @@ def ablate(
             writer.writerows(rows)
     return path
 
-# %% ../nbs/26_training.ipynb #c034
+# %% ../nbs/26_training.ipynb #c047
 def main(
     arguments: list[str] | None = None,  # None: those of the command line
 ) -> None:
