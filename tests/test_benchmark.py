@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from patchify.benchmark import load, load_folder, load_ilias, open_image, read_boxes
+from patchify.benchmark import find_images, load, load_folder, load_ilias, open_image, read_boxes, suggest
 
 
 def picture(width=40, height=30, color=(200, 30, 60)) -> bytes:
@@ -54,6 +54,42 @@ def test_distractors_come_from_folders_and_from_tar_shards(core):
         open_image(core / "yfcc100m/0007.tar::nothere.jpg")
 
 
+@pytest.mark.parametrize("name", ["0007.tar.gz", "part/0007.TGZ", "0007.tar.zst"])
+def test_compressed_shards_of_distractors_are_refused_but_a_folder_may_hold_them(core, name, capsys):
+    (core / "yfcc100m/part").mkdir(parents=True)
+    (core / "yfcc100m" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"yfcc100m/{name} is compressed.*plain .tar"):
+        load_ilias(core)
+    assert len(load_folder(core).gallery) == 4 and "1 ." in capsys.readouterr().err
+
+
+def test_links_are_followed_but_not_in_circles(core, tmp_path_factory, capsys):
+    "An instance, its pictures and the distractors may all be links; links up, to each other and to themselves end."
+    away = tmp_path_factory.mktemp("away")
+    (core / "ilias_core/box_001").rename(away / "box")
+    (core / "ilias_core/box_001").symlink_to(away / "box")
+    for number, folder in enumerate(("one", "two")):
+        (away / folder).mkdir()
+        (away / folder / "a.jpg").write_bytes(picture(color=(number, 9, 9)))
+    (core / "distractors").mkdir()
+    (core / "distractors/linked").symlink_to(away / "one")
+    (core / "yfcc100m").symlink_to(away / "two")
+    for place, target in [("one/up", away), ("one/other", away / "two"), ("two/other", away / "one"), ("two/self", away / "two/self"), ("two/gone", away / "gone")]:
+        (away / place).symlink_to(target)
+    found = load_ilias(core)
+    assert found.queries.instance.tolist() == ["box_001", "cup_000"]
+    assert {"distractors/linked/a.jpg", "yfcc100m/a.jpg"} <= set(found.gallery.path)
+    assert sorted(path for _, path in find_images(away / "two")) == ["a.jpg", "other/a.jpg"]
+    assert f"left out of {away / 'two'}: 2 broken link" in capsys.readouterr().err
+
+
+def test_files_of_other_endings_are_counted_once(tmp_path, capsys):
+    for name in ("a.jpg", "b.heic", "c.heic", "d.MOV", "e", "f.txt", ".DS_Store"):
+        (tmp_path / name).write_bytes(picture())
+    assert len(load_folder(tmp_path).gallery) == 1
+    assert capsys.readouterr().err.splitlines() == [f"left out of {tmp_path}: 2 .heic, 1 .mov, 1 without an ending (no image files that are read here)"]
+
+
 def test_a_query_without_positives_stays_and_has_none(core):
     (core / "ilias_core/cup_000/pos/P000_00.jpg").unlink()
     assert [p.tolist() for p in load_ilias(core).positives] == [[0], []]
@@ -72,6 +108,21 @@ def test_the_taxonomy_is_read(core):
     (core / "misc/taxonomy.json").write_text('{"product": {"kitchen": {"mug": ["cup_000"]}}}')
     box, cup = load_ilias(core).queries[["category", "subcategory"]].itertuples(index=False)
     assert tuple(cup) == ("product", "product-kitchen") and pd.isna(box.category)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": []}', '{"a": {"b": 3}}', '{"a', '{"a": {"b": {"c": 4}}}'])
+def test_a_taxonomy_of_another_form_is_named(core, text):
+    (core / "taxonomy.json").write_text(text)
+    with pytest.raises(ValueError, match=r"taxonomy\.json is not a taxonomy"):
+        load_ilias(core)
+
+
+@pytest.mark.parametrize("line", ["box_001/pos/P001_00.jpg,abc,3", "box_001/pos/P001_00.jpg,0.3,", "box_001/pos/P001_00.jpg,0.3"])
+def test_a_bad_line_of_an_id_list_is_named(core, line):
+    (core / "image_ids").mkdir()
+    (core / "image_ids/positive_ids.txt").write_text(f"cup_000/pos/P000_00.jpg,0.1,2\n{line}\n")
+    with pytest.raises(ValueError, match=r"positive_ids\.txt, line 2: expected an id and 2 numbers"):
+        load_ilias(core)
 
 
 @pytest.mark.parametrize("text", ["1 2 3", "1 2 3 x", "5 5 0 4", "5 5 -3 4", "nan 1 2 3", "60 60 10 10", "5 5 500 500"])
@@ -106,6 +157,23 @@ def test_every_mode_opens_as_upright_rgb(tmp_path, mode):
     assert opened.shape == (30, 40, 3)
     if mode not in ("1", "P", "PA"):
         assert abs(opened[..., 0] - np.asarray(grey).astype(int)).max() <= 3
+
+
+@pytest.mark.parametrize("white, dtype", [(1, np.float32), (255, np.float32), (4095, np.int32), (65535, np.int32), (65535, np.uint16), (65535, np.float32)])
+def test_deep_pictures_keep_their_brightness(tmp_path, white, dtype):
+    ramp = np.linspace(0, white, 256).astype(dtype)[None].repeat(4, 0)
+    Image.fromarray(ramp).save(tmp_path / "deep.tif")
+    assert abs(np.asarray(open_image(tmp_path / "deep.tif"))[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+def test_a_float_picture_may_overshoot_and_hold_nothing(tmp_path):
+    Image.fromarray(np.float32([[np.nan, -0.1, 0.5, 1.04]])).save(tmp_path / "float.tif")
+    assert np.asarray(open_image(tmp_path / "float.tif"))[0, :, 0].tolist() == [0, 0, 127, 255]
+
+
+def test_only_near_names_are_suggested():
+    assert suggest("nope", ["ilias", "inshop"]) == "choose one of ilias, inshop"
+    assert suggest("illias", ["ilias", "inshop"]) == "did you mean ilias?"
 
 
 def test_folders_and_names_are_checked(tmp_path):
