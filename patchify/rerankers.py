@@ -255,7 +255,7 @@ def save_reranker(
     return Path(path)
 
 # %% ../nbs/53_rerankers.ipynb #c029
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reranked(Retrieval):
     "A run whose shortlists are re-ranked. Winning patches stay with their images; bytes and seconds are those of both stages."
     logits: np.ndarray  # (Q, top_k) what the model said of the shortlists, in the order of the first stage without junk
