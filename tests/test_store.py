@@ -176,12 +176,12 @@ def test_another_setting_is_refused_by_name_and_has_another_key(photos, tmp_path
 
 def test_another_list_of_images_is_refused(photos, tmp_path):
     extract(photos, Colours(), Regions(level=0), tmp_path / "store")
-    with pytest.raises(ValueError, match="images 23, now it is 22"):
+    with pytest.raises(ValueError, match=r"images have changed since .*store was made \(23 then, 22 now\).*or delete"):
         extract(photos[1:], Colours(), Regions(level=0), tmp_path / "store")
-    with pytest.raises(ValueError, match="list"):
+    with pytest.raises(ValueError, match="images have changed"):
         extract(photos[::-1], Colours(), Regions(level=0), tmp_path / "store")
     Image.new("RGB", (9, 9)).save(photos[0])
-    with pytest.raises(ValueError, match="list"):
+    with pytest.raises(ValueError, match="images have changed.* a time is another"):
         extract(photos, Colours(), Regions(level=0), tmp_path / "store")
 
 
@@ -307,6 +307,54 @@ def test_other_formats_and_damage_are_named(photos, tmp_path):
         Store.open(store.path)
     with pytest.raises(ValueError, match="no store in"):
         Store.open(tmp_path / "nowhere")
+
+
+def test_a_manifest_that_lacks_something_is_named(photos, tmp_path):
+    store = extract(photos, Colours(), Regions(level=0), tmp_path / "store")
+    for name in ("shards", "failed", "patches", "regions", "encoder", "weights", "compute", "complete"):
+        (store.path / "manifest.json").write_text(json.dumps({key: value for key, value in store.manifest.items() if key != name}))
+        with pytest.raises(ValueError, match=f"manifest.json is damaged, it does not say {name}"):
+            Store.open(store.path)
+
+
+def test_a_file_is_no_place_for_a_store_and_a_folder_no_list(photos, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="taken is a file"):
+        extract(photos, Colours(), Regions(level=0), tmp_path / "taken")
+    for folder in (photos[0].parent, str(photos[0].parent)):
+        with pytest.raises(ValueError, match="list of paths, got the one path"):
+            extract(folder, Colours(), Regions(level=0), tmp_path / "store")
+
+
+def test_an_interruption_costs_64_images_at_most(photos, tmp_path):
+    "The default shards of a gallery of 150 copies; a stop in the third leaves two."
+    class Stopped(Colours):
+        def __call__(self, images):
+            if len(self.shapes) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(images)
+
+    table = pd.DataFrame({"id": [str(i) for i in range(150)], "path": [photos[0].name] * 150})
+    for encoder, done in ((Stopped(), 2), (Colours(), 3)):
+        try:
+            extract(table, encoder, Regions(level=0), tmp_path / "store", root=photos[0].parent)
+        except KeyboardInterrupt as stop:
+            assert "stopped with 2 of 3 shards" in str(stop)
+        assert len(list((tmp_path / "store").glob("descriptors-*.npy"))) == done
+    assert Store.open(tmp_path / "store").counts == (64, 64, 22)
+
+
+@pytest.mark.parametrize("out", ["store", "{key}"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_store_of_the_larger_shards_of_earlier_versions_goes_on_with_them(photos, tmp_path, out, complete):
+    settings = dict(regions=Regions(level=0), out=tmp_path / out)
+    earlier, encoder = extract(photos, Colours(), shard_size=256, **settings), Colours()
+    expected = contents(earlier.path)
+    if not complete:
+        (earlier.path / "descriptors-00000.npy").unlink()
+        (earlier.path / "manifest.json").write_text(json.dumps(earlier.manifest | {"complete": False}))
+    now = extract(photos, encoder, **settings)
+    assert contents(now.path) == expected and now.path == earlier.path and bool(encoder.shapes) != complete
 
 
 def test_a_folder_with_other_things_is_left_alone(photos, tmp_path):
