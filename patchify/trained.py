@@ -222,7 +222,7 @@ def train_all(
     wanted = [(taught_student, size, TERMS["all three"]) for size in sizes] + [(taught_student, sizes[-1], terms) for name, terms in TERMS.items() if name != "all three"]
     for teach, *what in wanted + [(taught_head, name) for name in HEADS]:
         losses = teach(school, *what, **steps)[1]
-        print(f"{teach.__name__[7:]} {' '.join(map(str, what))}: loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+        print(f"{teach.__name__[7:]} {' '.join(str(each or 'triplets') for each in what)}: loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
 
 
 def main(
