@@ -7,12 +7,14 @@ __all__ = ['STYLE', 'EXPERIMENTS', 'LONG', 'hardware', 'provenance', 'with_inter
            'ExperimentFailed', 'run_experiment', 'build_index', 'run_reports']
 
 # %% ../nbs/70_report.ipynb #c003
+import ast
 import html
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -129,6 +131,10 @@ class Page:
         plt.close(fig)
         display(HTML(f'<img src="{file}" alt="{html.escape(alt or name)}">'))
 
+    def say(self, text: str) -> None:
+        "A paragraph that the page writes itself, its numbers taken from what was computed."
+        display(HTML(f"<p>{html.escape(text)}</p>"))
+
     def check(self, claim: str, holds: bool) -> None:
         "A claim that must hold, or the page is not made."
         if not holds:
@@ -146,13 +152,14 @@ class Page:
 def published(
     benchmark: object,  # the RetrievalSet that was run
     backbone: str,  # as named in the table
-    setting: str,  # such as "L3 exact"
+    setting: str,  # "L3 exact", or what determines a compressed index: "L3 ivfpq m=64 nlist=8192 nbits=8 train=1"
     metric: str,  # map or locscore
     source: str = "repository",  # or paper
 ) -> float:  # percent, NaN where nothing is published for this
     "What the authors of Patchify state for this run."
     table = pd.read_csv(files("patchify") / "published.csv")
-    asked = dict(dataset="ilias" if len(benchmark.queries) == 1232 else None, backbone=backbone, setting=setting, metric=metric, source=source)
+    core = len(benchmark.queries) == 1232 and len(benchmark.gallery) in (4715, 4885)
+    asked = dict(dataset="ilias" if core else None, backbone=backbone, setting=setting, metric=metric, source=source)
     found = table[(table[list(asked)] == pd.Series(asked)).all(axis=1)]["value"]
     return float(found.iloc[0]) if len(found) else float("nan")
 
@@ -202,6 +209,19 @@ def to_html(
     return shell(heading[1] if heading else "report", body, "../index.html", code=True)
 
 # %% ../nbs/70_report.ipynb #c029
+def _check_value(
+    notebook: str,  # name of the experiment
+    name: str,  # one of its parameters
+    value: object,
+    default: str,  # as its parameters cell has it
+) -> None:
+    "Refuse what is no number, or no true or false, where the default is one."
+    kind = type(ast.literal_eval(default))
+    numbers = (int, float) if kind is float else (int,)
+    if kind is bool and not isinstance(value, bool) or kind in (int, float) and (isinstance(value, bool) or not isinstance(value, numbers)):
+        raise ValueError(f"{notebook} has {name} = {default}: {value!r} is no {dict(bool='true or false', int='whole number', float='number')[kind.__name__]}")
+
+
 def _check_parameters(notebook: Path, parameters: dict) -> None:
     "Refuse a notebook without its parameters cell, and a name that is not in it."
     import papermill
@@ -210,13 +230,44 @@ def _check_parameters(notebook: Path, parameters: dict) -> None:
     if sum("parameters" in t for t in tags) != 1:
         raise ValueError(f"{notebook} needs exactly one cell tagged `parameters`")
     known = papermill.inspect_notebook(str(notebook))
-    for name in parameters:
+    for name, value in parameters.items():
         if name not in known:
             raise ValueError(f"{notebook.stem} has no parameter {name!r}: {suggest(name, list(known))}")
+        _check_value(notebook.stem, name, value, known[name]["default"])
 
 # %% ../nbs/70_report.ipynb #c032
 class ExperimentFailed(RuntimeError):
-    "A cell of an experiment raised; the message says which and why."
+    "A cell of an experiment raised; the message says page, cell and error."
+
+
+def _execute(notebook: Path, side: Path, out: Path, parameters: dict, cwd: str | Path) -> nbformat.NotebookNode:
+    "Run a notebook that writes into a side folder; its code reads as if that were the folder of the run."
+    import papermill
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm in kernels without widgets
+    at, there = (os.path.relpath(folder, cwd) for folder in (side, out))
+    try:
+        done = papermill.execute_notebook(str(notebook), str(side / "raw.ipynb"), {**parameters, "out": at}, cwd=str(cwd),
+                                          kernel_name="python3", progress_bar=False, stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":  # Ctrl-C reaches the kernel too, sometimes first
+            raise KeyboardInterrupt from None
+        kind = ValueError if error.ename == "ValueError" else ExperimentFailed
+        raise kind(f"{notebook.stem}, cell {error.cell_index}: {error.ename}: {' '.join(error.evalue.split())}") from None
+    for cell in done.cells:
+        cell.source = cell.source.replace(at, there)
+    (side / "raw.ipynb").unlink()
+    return done
+
+# %% ../nbs/70_report.ipynb #c033
+def _swap_in(side: Path, out: Path, name: str) -> None:
+    "Move a finished page's files to their place; what the page had before and has no more goes."
+    fresh = sorted(file.name for file in side.iterdir())
+    for file in fresh:
+        os.replace(side / file, out / file)
+    for old in (*out.glob(f"{name}.*"), *out.glob(f"{name}-*"), *out.glob(f"timing-{name}-*")):
+        if old.name not in fresh:
+            old.unlink()
 
 
 def run_experiment(
@@ -225,34 +276,37 @@ def run_experiment(
     parameters: dict,  # values for its parameters cell; the name `out` is filled in here
     cwd: str | Path = ".",  # where the notebook runs, usually the project's root
 ) -> Path:  # the page
-    "Execute a parameterised notebook and write its page. Raises ExperimentFailed with the cell's own message."
-    import papermill
-
+    "Execute a parameterised notebook and put its page in place when it is complete. A failing cell's message is raised: as ValueError if it was one, else as ExperimentFailed."
     notebook, out = Path(notebook), Path(out)
     _check_parameters(notebook, parameters)
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in (*out.glob(f"{notebook.stem}.*"), *out.glob(f"{notebook.stem}-*"), *out.glob(f"timing-{notebook.stem}-*")):
-        stale.unlink()
-    raw, page = out / f".{notebook.stem}.ipynb", out / f"{notebook.stem}.html"
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm in kernels without widgets
+    side = out / f".{notebook.stem}"
+    shutil.rmtree(side, ignore_errors=True)  # of a run that was killed
+    side.mkdir(parents=True)
     try:
-        done = papermill.execute_notebook(str(notebook), str(raw), {**parameters, "out": os.path.relpath(out, cwd)}, cwd=str(cwd),
-                                          kernel_name="python3", progress_bar=False, stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])
-    except papermill.PapermillExecutionError as error:
-        raise ExperimentFailed(f"{notebook.stem}, cell {error.cell_index}: {error.ename}: {error.evalue}") from None
+        done = _execute(notebook, side, out, parameters, cwd)
+        (side / f"{notebook.stem}.html").write_text(to_html(done), encoding="utf-8")
+        _swap_in(side, out, notebook.stem)
     finally:
-        raw.unlink(missing_ok=True)
-    page.write_text(to_html(done), encoding="utf-8")
-    return page
+        shutil.rmtree(side, ignore_errors=True)
+    return out / f"{notebook.stem}.html"
 
-# %% ../nbs/70_report.ipynb #c036
+# %% ../nbs/70_report.ipynb #c037
+def _facts(file: Path) -> dict | None:
+    "What a page's json says; None where this json is not a page's."
+    try:
+        facts = json.loads(file.read_text())
+        return facts if facts["name"] == file.stem and facts["line"] and facts["provenance"] and file.with_suffix(".html").exists() else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def build_index(
     reports: str | Path,  # the folder that holds one folder per run
 ) -> Path:  # reports/index.html
     "Link all pages of all runs, each with its one-line result."
     reports, sections = Path(reports), []
     for run in sorted(p for p in reports.iterdir() if p.is_dir()):
-        pages = [json.loads(file.read_text()) for file in sorted(run.glob("*.json")) if (run / f"{file.stem}.html").exists()]
+        pages = list(filter(None, map(_facts, sorted(run.glob("*.json")))))
         order = {name: i for i, name in enumerate(EXPERIMENTS)}
         pages.sort(key=lambda page: (order.get(page["name"], len(order)), page["name"]))
         if pages:
@@ -276,7 +330,7 @@ def _card(run: Path, page: dict) -> str:
 EXPERIMENTS = ("levels", "gallery", "locscore", "groups", "regions", "reranking", "compression", "training_level", "budget", "scale", "mini_encoder", "token", "asymmetric")
 LONG = ("reranking", "token", "asymmetric", "mini_encoder")  # they train networks or score many pairs: minutes each, by name only
 
-# %% ../nbs/70_report.ipynb #c039
+# %% ../nbs/70_report.ipynb #c040
 def _choose(
     found: dict[str, Path],  # all experiments
     only: str | None,  # the name of one
@@ -289,12 +343,15 @@ def _choose(
         raise ValueError(f"unknown experiment {only!r}: {suggest(only, list(found))}")
     names = [only] if only else [*(n for n in EXPERIMENTS if n in found and n not in LONG), *(n for n in found if n not in EXPERIMENTS)]
     declared = {name: papermill.inspect_notebook(str(found[name])) for name in names}
-    for name in own:
-        if not any(name in known for known in declared.values()):
+    for name, value in own.items():
+        takers = [taker for taker, known in declared.items() if name in known]
+        if not takers:
             raise ValueError(f"no experiment has a parameter {name!r}: {suggest(name, sorted(set().union(*declared.values())))}")
+        for taker in takers:
+            _check_value(taker, name, value, declared[taker][name]["default"])
     return declared
 
-# %% ../nbs/70_report.ipynb #c041
+# %% ../nbs/70_report.ipynb #c042
 def run_reports(
     run: str,  # name of the run, its folder under reports/
     parameters: dict,  # shared by all experiments: dataset, backbone, ...; each receives those it declares
@@ -308,13 +365,17 @@ def run_reports(
     if not found:
         raise ValueError(f"no experiments in {notebooks}: run this command in the project's folder")
     declared = _choose(found, only, own or {})
-    failed, values = [], parameters | (own or {})
+    failed, refused, values = [], [], parameters | (own or {})
     for i, (name, known) in enumerate(declared.items(), 1):
         print(f"[{i}/{len(declared)}] {name}", file=sys.stderr, flush=True)
         try:
             run_experiment(found[name], Path(reports) / run, {k: v for k, v in values.items() if k in known})
-        except ExperimentFailed as error:
-            failed.append(str(error))
-            print(f"  failed: {error}", file=sys.stderr, flush=True)
+        except (ExperimentFailed, ValueError) as error:
+            wrong = isinstance(error, ValueError) and any(given in known for given in own or {})
+            (refused if wrong else failed).append(str(error))
+            if not wrong:
+                print(f"  failed: {error}", file=sys.stderr, flush=True)
     build_index(reports)
+    if refused:
+        raise ValueError("; ".join(refused))
     return failed

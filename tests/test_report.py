@@ -1,13 +1,21 @@
 "A small report run, from the command to the pages, and what makes a page trustworthy."
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
-from patchify.report import LONG
+from patchify.report import LONG, build_index, published
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,14 +70,66 @@ def test_what_is_not_known_is_not_run(command, data, tmp_path, name):
     assert "not run" in (tmp_path / f"reports/bare-mini/{name}.html").read_text()
 
 
-def test_two_backbones_are_compared_and_a_failure_leaves_no_page(command, data, tmp_path):
+def test_two_backbones_are_compared(command, data, tmp_path):
     words = ["report", "--dataset", "tiny", "--level", 1, "--random-weights", "--backbone", "test_resnet,test_vit", "--data", data, "--reports", tmp_path]
     done = command(*words, "--only", "levels", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "tiny-test_resnet+test_vit-random"
     assert set(pd.read_csv(run / "levels-levels.csv").backbone) == {"test_resnet", "test_vit"}
-    done = command(*words, "--only", "gallery", "-p", "chosen=\"two\"", cwd=ROOT)
-    assert done.returncode == 1 and "gallery, cell" in done.stderr and not (run / "gallery.html").exists()
+
+
+@pytest.fixture
+def made(command, data, tmp_path):
+    "The command that makes one page, and the page's files."
+    words = ["report", "--dataset", "tiny", "--level", 1, "--data", data, "--reports", tmp_path / "reports", "--only", "gallery"]
+    assert command(*words, cwd=ROOT).returncode == 0
+    return words, files_of(tmp_path / "reports")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_page_that_fails_leaves_the_last_one_alone(command, tmp_path, made):
+    words, before = made
+    for value, why in [("chosen=\"two\"", "gallery has chosen = 3: 'two' is no whole number"), ("level=-1", "ValueError: level must be 0 or more, got -1")]:
+        done = command(*words, "-p", value, cwd=ROOT)
+        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+        assert files_of(tmp_path / "reports") == before
+    broken = nbformat.read(ROOT / "nbs/experiments/gallery.ipynb", as_version=4)
+    broken.cells[-1].source = "1 / 0"
+    (tmp_path / "nbs/experiments").mkdir(parents=True)
+    nbformat.write(broken, tmp_path / "nbs/experiments/gallery.ipynb")
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 1 and re.search(r"gallery, cell \d+: ZeroDivisionError: division by zero\n", done.stderr) and "Traceback" not in done.stderr
+    assert files_of(tmp_path / "reports") == before
+
+
+@pytest.mark.parametrize("when", ["running", "begun"])
+def test_ctrl_c_leaves_the_last_page_alone(tmp_path, made, when):
+    words, before = made
+    patchify = subprocess.Popen([Path(sys.executable).with_name("patchify"), *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    begun = tmp_path / "reports/tiny-mini/.gallery"
+    while not (any(begun.glob("*.png")) if when == "running" else begun.exists()) and patchify.poll() is None:
+        time.sleep(.02)
+    os.killpg(patchify.pid, signal.SIGINT)
+    assert "Traceback" not in patchify.communicate(timeout=60)[1] and patchify.returncode == 130
+    assert files_of(tmp_path / "reports") == before
+
+
+def test_published_figures_stand_beside_their_own_setting_only():
+    core, distracted = (SimpleNamespace(queries=range(1232), gallery=range(n)) for n in (4885, 5_004_885))
+    setting = "L3 ivfpq m=64 nlist={} nbits=8 train=1"
+    assert published(core, "siglip", setting.format(8192), "map") == 59.30
+    assert all(np.isnan(published(*asked, "map")) for asked in [(core, "siglip", setting.format(256)), (distracted, "siglip", "L3 exact"), (core, "mini", "L3 exact")])
+
+
+def test_a_stranger_in_the_folder_of_a_run_is_no_page(tmp_path):
+    (tmp_path / "run").mkdir()
+    for text in ("[]", "{}", "not json", '{"name": "other", "line": "x", "provenance": {}}'):
+        (tmp_path / "run/notes.json").write_text(text)
+        (tmp_path / "run/notes.html").write_text("")
+        assert "notes" not in build_index(tmp_path).read_text()
 
 
 def test_random_weights_are_announced(command, data, tmp_path):
