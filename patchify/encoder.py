@@ -177,8 +177,8 @@ def _timm_name(name: str) -> str:
     timm_name = ALIASES.get(name, name)
     base = timm_name.split(".")[0]
     if not timm.is_model(base):
-        near = suggest(name, ["mini", *ALIASES]) if len(name) < 7 else suggest(base, timm.list_models())
-        raise ValueError(f"unknown backbone {name!r}: {near if near.startswith('did') else 'choose mini, siglip, dinov2, clip or a timm model name'}")
+        near = [said for said in (suggest(name, ["mini", *ALIASES]), suggest(base, timm.list_models())) if said.startswith("did")]
+        raise ValueError(f"unknown backbone {name!r}: {near[0] if near else 'choose mini, siglip, dinov2, clip or a timm model name'}")
     tags = timm.list_pretrained(base + ".*") if "." in timm_name else [timm_name]
     if timm_name not in tags:
         raise ValueError(f"unknown weights {name!r}: {suggest(timm_name, tags)}")

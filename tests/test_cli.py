@@ -1,5 +1,6 @@
 "The command as a user types it: figures, files, and one sentence for each mistake."
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -77,7 +78,17 @@ MISTAKES = {
     "missing folder": (["evaluate", "--dataset", "ilias:nowhere"], "nowhere"),
     "unknown data set": (["evaluate", "--dataset", "mnii"], "mini"),
     "unknown backbone": (["evaluate", "--backbone", "siglp"], "siglip"),
-    "unknown regions": (["evaluate", "--dataset", "tiny", "--regions", "pyramids"], "choose one of pyramid"),
+    "unknown regions": (["evaluate", "--dataset", "tiny", "--regions", "pyramids"], "did you mean pyramid?"),
+    "regions nearly right": (["evaluate", "--dataset", "tiny", "--regions", "slidding"], "did you mean sliding?"),
+    "backbones nearly right": (["evaluate", "--backbone", "siglipp"], "did you mean siglip"),
+    "figures into a folder": (["evaluate", "--dataset", "ilias:nowhere", "--json", "empty"], "--json empty is a folder"),
+    "figures below a file": (["evaluate", "--dataset", "ilias:nowhere", "--json", "image.jpg/found.json"], "image.jpg is a file"),
+    "results below a file": (["search", "empty", "image.jpg", "--html", "image.jpg/found.html"], "image.jpg is a file"),
+    "a page that is none": (["search", "empty", "image.jpg", "--html", "found.png"], "must end in .html or .htm"),
+    "an index that is a file": (["index", "photos", "--out", "image.jpg", "--level", "0"], "image.jpg is a file"),
+    "pieces that do not divide": (["evaluate", "--dataset", "tiny", "--level", "0", "--index", "pq", "--m", "7"], "--m must divide"),
+    "level that is not there": (["evaluate", "--dataset", "tiny", "--level", "0", "--index", "pq", "--nbits", "2", "--train-level", "4"], "--train-level must be -1, -2 or a level up to 0"),
+    "probes beyond the lists": (["evaluate", "--dataset", "tiny", "--index", "ivfpq", "--nlist", "4", "--nprobe", "5"], "--nprobe must lie in 1..4 (--nlist)"),
     "negative level": (["evaluate", "--dataset", "tiny", "--level", "-1"], "0 or more"),
     "no such checkpoint": (["evaluate", "--dataset", "tiny", "--backbone", "resnet10t", "--checkpoint", "none.safetensors"], "no such checkpoint"),
     "export to an unknown format": (["evaluate", "--dataset", "tiny", "--export", "found.csv"], "found.csv"),
@@ -94,6 +105,8 @@ MISTAKES = {
 @pytest.mark.parametrize("words, said", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_gets_one_sentence_and_exit_code_2(data, tmp_path, monkeypatch, capsys, words, said):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").symlink_to(data / "tiny/distractors")
+    (tmp_path / "image.jpg").write_bytes(b"")
     (tmp_path / "nbs").symlink_to(Path(__file__).parent.parent / "nbs")
     monkeypatch.chdir(tmp_path)
     assert main([*words, *(["--data", str(data)] if words[0] in ("evaluate", "report") else [])]) == 2
@@ -113,6 +126,50 @@ def indexed(command, data, tmp_path_factory):
 def test_a_search_is_asked_properly(indexed, capsys, words, said):
     assert main(["search", *indexed, *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_place_without_permission_is_found_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    for words in (["evaluate", "--dataset", "ilias:nowhere"], ["search", "nowhere", "image.jpg"]):
+        assert main([*words, "--json", str(tmp_path / "found.json")]) == 2
+        assert f"found.json cannot be written: no permission to write in {tmp_path}" in capsys.readouterr().err
+
+
+def test_figures_are_on_the_screen_before_a_disk_is_full(indexed, data, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("patchify.cli._write", full)
+    evaluation = ["evaluate", "--dataset", "tiny", "--level", "2", "--data", str(data)]
+    for words, said in ((evaluation, "mAP@1000"), (["search", *indexed], "D0000.jpg")):
+        assert main([*words, "--json", str(tmp_path / "found.json")]) == 2
+        told = capsys.readouterr()
+        assert said in told.out and "No space left" in told.err
+
+
+def test_a_hit_whose_file_is_gone_is_told_and_shown_as_missing(data, tmp_path, capsys):
+    shutil.copytree(data / "tiny/distractors", tmp_path / "photos")
+    out, picture = str(tmp_path / "index"), str(data / "tiny/distractors/D0000.jpg")
+    assert main(["index", str(tmp_path / "photos"), "--out", out, "--level", "0"]) == 0
+    (tmp_path / "photos/D0000.jpg").rename(tmp_path / "photos/moved.jpg")
+    assert main(["search", out, picture, "-k", "2", "--html", str(tmp_path / "found.html")]) == 0
+    assert "D0000.jpg" in capsys.readouterr().out
+    assert (tmp_path / "found.html").read_text().count("(missing)") == 1
+    assert main(["index", str(tmp_path / "photos"), "--out", out, "--level", "0"]) == 2
+    assert "the images have changed since" in capsys.readouterr().err
+
+
+def test_a_damaged_index_is_named_and_can_be_mended(data, tmp_path, capsys):
+    words = ["index", str(data / "tiny/distractors"), "--out", str(tmp_path / "index"), "--level", "0"]
+    asked = ["search", str(tmp_path / "index"), str(data / "tiny/distractors/D0000.jpg")]
+    assert main(words) == 0
+    for text in ('{"folder": 1', "[]", '{"folder": "x", "paths": ["a.jpg"]}'):
+        (tmp_path / "index/folder.json").write_text(text)
+        assert main(asked) == 2 and "folder.json is damaged" in capsys.readouterr().err
+    assert main(words) == main(asked) == 0
+    manifest = json.loads((tmp_path / "index/manifest.json").read_text())
+    (tmp_path / "index/manifest.json").write_text(json.dumps({name: value for name, value in manifest.items() if name != "shards"}))
+    assert main(asked) == 2 and "does not say shards" in capsys.readouterr().err
 
 
 def test_queries_without_positives_are_left_out_and_counted(data, tmp_path, capsys):
@@ -140,7 +197,7 @@ def test_interrupting_says_how_to_go_on_and_loses_nothing(command, data, tmp_pat
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     if process.returncode:  # it had not finished already
-        assert process.returncode == 130 and "goes on" in said and "Traceback" not in said
+        assert process.returncode == 130 and said.count("goes on") == 1 and "Traceback" not in said
     for out in ("index", "undisturbed"):
         assert command(*words, tmp_path / out).returncode == 0
     resumed, whole = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("index", "undisturbed"))
