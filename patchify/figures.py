@@ -90,9 +90,9 @@ def retrieval_strip(
     side: int = 240,  # longest side of a picture in pixels
 ) -> plt.Figure:
     "A query and its results in a row: winning patch solid yellow, truth dashed white, green frame and tick for right, red and cross for wrong."
-    fig, axes = plt.subplots(1, len(results) + 1, figsize=(1.45 * (len(results) + 1), 1.75), dpi=90)
+    fig, axes = plt.subplots(1, len(results) + 1, figsize=(1.85 * (len(results) + 1), 2.15), dpi=90)
     axes[0].imshow(thumbnail(query, side=side)[0])
-    axes[0].set_title("query", fontsize=8)
+    axes[0].set_title("query", fontsize=9)
     for ax, shown in zip(axes[1:], results):
         image, patch, truth = thumbnail(shown.image, (shown.patch, shown.truth), side)
         ax.imshow(image)
@@ -100,11 +100,11 @@ def retrieval_strip(
         if patch is not None:
             draw_boxes(ax, patch, PATCH)
         sign, color = {True: ("✓ ", RIGHT), False: ("✗ ", WRONG), None: ("", "#59636e")}[shown.right]
-        ax.set_title(sign + shown.caption, fontsize=8, color=color, fontweight="bold", parse_math=False)
+        ax.set_title(sign + shown.caption, fontsize=9, color=color, fontweight="bold", parse_math=False)
         ax.spines[:].set(visible=True, color=color, linewidth=2.5)
     for ax in axes:
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
     axes[0].spines[:].set_visible(False)
-    fig.suptitle(title, fontsize=9, x=0.01, ha="left", parse_math=False)
+    fig.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
     return fig
