@@ -289,13 +289,14 @@ def make_mini(
     instances = SIZES[size]["instances"] if instances is None else instances
     if instances < 1 or seed < 0:
         raise ValueError(f"instances must be at least 1 and seed at least 0, not {instances} and {seed}")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".") as scratch:
         root = Path(scratch) / "made"
         tasks = _tasks(root, instances, seed, size)
-        workers = (1 if size == "tiny" else os.cpu_count() or 1) if workers is None else workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # those that this process may use
+        workers = (1 if size == "tiny" else cores) if workers is None else workers
         _lists(root, tasks, _run(tasks, workers))
         if out.exists():
             out.rmdir()

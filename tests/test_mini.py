@@ -83,3 +83,23 @@ def test_the_lists_name_every_instance_as_the_official_evaluator_wants(tiny):
     "It takes the set of instances from the text queries, of which the offline benchmark has names only."
     named = (tiny / "image_ids" / "text_query_ids.txt").read_text().split()
     assert sorted(named) == sorted(folder.name for folder in (tiny / "ilias_core").iterdir())
+
+
+def test_as_many_processes_as_cores_are_allowed(tmp_path, monkeypatch):
+    class Enough(Exception):
+        "No need to draw anything."
+
+    def start(tasks, workers):
+        assert workers == 2
+        raise Enough
+
+    monkeypatch.setattr("patchify.mini._run", start)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {1, 5}, raising=False)
+    with pytest.raises(Enough):
+        mini.make_mini(tmp_path / "mini", instances=1)
+
+
+def test_a_file_is_no_place_for_it(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="taken is not an empty folder"):
+        mini.make_mini(tmp_path / "taken", size="tiny")
