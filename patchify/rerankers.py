@@ -107,6 +107,7 @@ class Shelf:
     run: Retrieval  # first stage: one query per product against all scenes
     queries: Descriptors  # Q products, in blocks
     gallery: Descriptors  # N scenes, in blocks
+    device: torch.device  # where models learn
 
     @property
     def trained(self) -> int:
@@ -148,7 +149,7 @@ def make_shelf(
 ) -> Shelf:
     "Draw the shelf, or find it drawn; describe and search it."
     run = rank(describe(load_shelf(products, data), encoder, PYRAMID, Path(data) / "stores"))
-    return Shelf(run, *descriptors_of(kind, run, encoder, data))
+    return Shelf(run, *descriptors_of(kind, run, encoder, data), encoder.device)
 
 # %% ../nbs/53_rerankers.ipynb #c019
 def train_ames(
@@ -167,6 +168,7 @@ def train_ames(
         unit = sample / np.linalg.norm(sample, axis=1, keepdims=True)
         common = unit.mean(0) / np.linalg.norm(unit.mean(0))                      # what all descriptors share would decide most signs
         model = binary_student(teacher, itq(unit - (unit @ common)[:, None] * common, 128)[0], sample)
+    model = model.to(shelf.device)
     negatives, anchors = shelf.negatives(), np.arange(shelf.trained)
 
     def loss(_, draw):
@@ -192,7 +194,7 @@ def train_locore(
     scales = 1 if pool.scales is None else int(pool.scales.max()) + 1
     torch.manual_seed(seed)
     model = LOCORE(sample.shape[1], n_scales=scales, dim=128, layers=3, heads=2, window=2 * tokens, hidden=512, max_positions=2 + (LENGTH + 3) * tokens, dropout=0.0)
-    start_from_matching(model, sample, pool.count)
+    model = start_from_matching(model, sample, pool.count).to(shelf.device)
 
     def loss(_, draw):
         lists, positive = draw_lists(pool, shelf.instance, ranks, draw, length=length, depth=2 * LENGTH, anchors=np.arange(shelf.trained))
@@ -282,7 +284,7 @@ class Reranker:
         weights = {name: tensor.float() for name, tensor in load_file(str(path)).items()}
         model = load_locore(weights, heads=2, window=2 * (KINDS[kind] + 1)) if kind.startswith("locore") else load_ames(weights)
         settings = json.loads(about["settings"])
-        return Reranker(kind, model, *(settings[name] for name in ("top_k", "global_weight", "gain")))
+        return Reranker(kind, model.to(encoder.device), *(settings[name] for name in ("top_k", "global_weight", "gain")))
 
     def stored_bytes(self, gallery: Descriptors) -> float:
         "What these descriptors of a gallery image take: bits, or numbers in float16."

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from patchify.encoder import load_encoder
-from patchify.local import local_sets, norm_strength, strongest
+from patchify.local import local_sets, norm_strength, strongest, train_detector
+from patchify.train import Plan
 
 torch.set_num_threads(1)
 
@@ -68,3 +69,18 @@ def test_an_unreadable_file_is_named(tmp_path, encoder):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="broken.jpg"):
         local_sets([str(tmp_path / "broken.jpg")], encoder)
+
+
+def test_a_learned_detector_prefers_what_names_the_object():
+    "Every map has one place that tells its label and one, the same everywhere, that is louder and says nothing."
+    draw = torch.Generator().manual_seed(0)
+    maps = 0.1 * torch.randn(60, 12, 4, 4, generator=draw)
+    labels, tells, says_nothing = torch.arange(60) % 6, torch.randint(0, 8, (60,), generator=draw), torch.randint(8, 16, (60,), generator=draw)
+    for i in range(60):
+        maps[i, labels[i], tells[i] // 4, tells[i] % 4] += 3
+        maps[i, 11, says_nothing[i] // 4, says_nothing[i] % 4] += 4
+    attention, losses = train_detector(maps[:40], labels[:40], Plan(200, 1e-2))
+    strength = attention(maps[40:]).flatten(1)
+    assert np.mean(losses[-10:]) < losses[0]
+    assert (strength.argmax(1) == tells[40:]).float().mean() > 0.9
+    assert (norm_strength(maps[40:]).flatten(1).argmax(1) == says_nothing[40:]).all()
