@@ -11,6 +11,7 @@ import ast
 import html
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -249,6 +250,9 @@ def _execute(notebook: Path, side: Path, out: Path, parameters: dict, cwd: str |
     try:
         done = papermill.execute_notebook(str(notebook), str(side / "raw.ipynb"), {**parameters, "out": at}, cwd=str(cwd),
                                           kernel_name="python3", progress_bar=False, stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # its tasks complain that their kernel is gone
+        raise
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":  # Ctrl-C reaches the kernel too, sometimes first
             raise KeyboardInterrupt from None
