@@ -45,16 +45,17 @@ def local_descriptors(
     described: Described,  # a benchmark; only images that could be read count
     encoder: Encoder,  # whose feature map is read
     data: str | Path = "data",  # they are kept in its folder locals/
+    count: int = COUNT,  # per image, or as many as it has places
 ) -> tuple[Descriptors, Descriptors]:  # of the queries, and of the gallery in the order of `described.gallery.rows`
     "The strongest local descriptors of every query and of every gallery image, from disk when they are there."
     b, fixed, sets = described.benchmark, hasattr(encoder.model, "patch_embed"), []     # a transformer reads one size only
     kept = b.gallery.iloc[described.gallery.rows]
     for table, boxes, growth in ((b.queries, b.queries["box"].tolist(), 2), (kept, None, 4)):
         side = encoder.size * (1 if fixed else growth)
-        key = hashlib.sha256(repr((b.fingerprint, described.gallery.path.name, encoder.fingerprint, growth, side, COUNT)).encode()).hexdigest()[:12]
+        key = hashlib.sha256(repr((b.fingerprint, described.gallery.path.name, encoder.fingerprint, growth, side, count)).encode()).hexdigest()[:12]
         file = Path(data) / "locals" / f"{key}.npy"
         if not file.exists():
-            found = local_sets([b.file(path) for path in table["path"]], encoder, boxes, top=COUNT, sides=(side,))
+            found = local_sets([b.file(path) for path in table["path"]], encoder, boxes, top=count, sides=(side,))
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file.with_suffix(".part.npy"), found.values)
             os.replace(file.with_suffix(".part.npy"), file)
