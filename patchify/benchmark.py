@@ -238,7 +238,7 @@ def _taxonomy(base: Path) -> dict[str, tuple[str, str]]:
         return {name: (top, f"{top}-{middle}") for top, mids in tree.items() for middle, leaves in mids.items()
                 for names in leaves.values() for name in names}
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is not a taxonomy, category -> subcategory -> kind -> list of instances: {error}") from None
+        raise ValueError(f"{file} is not a taxonomy, category -> subcategory -> kind -> list of instances{f': {error}' if isinstance(error, ValueError) else ''}") from None
 
 
 def load_ilias(

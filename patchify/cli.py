@@ -210,7 +210,7 @@ def evaluate(
 # %% ../nbs/80_cli.ipynb #c027
 @app.command()
 def index(
-    folder: Annotated[Path, typer.Argument(help="images, searched recursively, tar files included")],
+    folder: Annotated[Path, typer.Argument(help="images, searched recursively, through links, tar files included")],
     out: Annotated[Path, typer.Option(help="folder for the index")],
     backbone: Backbone = "mini",
     checkpoint: Checkpoint = None,
