@@ -114,16 +114,18 @@ def read_blocks(
     blocks: list[np.ndarray],  # from `as_blocks`
     images: int,  # images to read at a time
 ) -> Iterator[torch.Tensor]:  # (b, P, D) float32, b <= images
-    "Walk through a gallery in small float32 pieces, refusing values that are not finite."
-    first = 0
-    for stored in blocks:
-        for start in range(0, len(stored), images):
-            piece = torch.from_numpy(np.require(stored[start:start + images], requirements=["C", "W"])).float()
-            if not piece.sum().isfinite():
-                bad = first + start + int((~piece.isfinite()).flatten(1).any(1).int().argmax())
-                raise ValueError(f"descriptors of gallery image {bad} hold NaN or infinity")
-            yield piece
-        first += len(stored)
+    "Walk through a gallery in float32 pieces of one size, across the borders of its blocks, refusing values that are not finite."
+    ends = np.cumsum([len(stored) for stored in blocks])
+    for first in range(0, ends[-1], images):
+        last = min(first + images, ends[-1])
+        touched = range(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
+        parts = [blocks[i][max(0, first - ends[i] + len(blocks[i])):last - ends[i] + len(blocks[i])] for i in touched]
+        stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        piece = torch.from_numpy(np.require(stored, requirements=["C", "W"])).float()
+        if not piece.sum().isfinite():
+            bad = first + int((~piece.isfinite()).flatten(1).any(1).int().argmax())
+            raise ValueError(f"descriptors of gallery image {bad} hold NaN or infinity")
+        yield piece
 
 # %% ../nbs/30_search.ipynb #c025
 QUERIES = 2048  # queries scored at a time: bounds memory whatever is asked

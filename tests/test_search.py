@@ -182,3 +182,16 @@ def test_best_patch_of_a_block_equals_numpy():
     scores, patches = best_patches(patch_scores(torch.from_numpy(block), torch.from_numpy(queries)))
     np.testing.assert_array_equal(scores, every.max(2))
     np.testing.assert_array_equal(patches, every.argmax(2))
+
+
+def test_pieces_are_of_one_size_however_the_gallery_is_cut():
+    "Small shards of a store must not make small pieces: a short piece costs as much as a full one."
+    from patchify.search import read_blocks
+
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        sizes, images = rng.integers(0, 9, 5), int(rng.integers(1, 12))
+        gallery = rng.standard_normal((sizes.sum() + 1, 2, 3)).astype(np.float32)
+        *full, last = (piece.numpy() for piece in read_blocks(np.split(gallery, np.cumsum(sizes)), images))
+        assert all(len(piece) == images for piece in full) and 1 <= len(last) <= images
+        assert (np.concatenate([*full, last]) == gallery).all()
