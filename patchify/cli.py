@@ -38,7 +38,7 @@ from .metrics import save_similarities
 from .mini import make_mini
 from .pyramid import cut_patches
 from .report import provenance, run_reports, shell
-from .rerankers import Reranker
+from .rerankers import KINDS, Reranker
 from .search import ExactIndex
 from .store import Store, extract
 
@@ -178,7 +178,7 @@ def evaluate(
     nlist: Annotated[int, typer.Option(help="ivfpq: inverted lists")] = 256,
     nprobe: Annotated[Optional[int], typer.Option(help="ivfpq: lists a query visits; default: all")] = None,
     train_level: Annotated[int, typer.Option(help="pq, ivfpq: level whose patches train the quantiser; -1: those indexed, -2: all levels together")] = -1,
-    rerank: Annotated[Optional[str], typer.Option(help="ames, ames_binary or locore: re-rank the first images of every query")] = None,
+    rerank: Annotated[Optional[str], typer.Option(help=f"re-rank the first images of every query: {', '.join(KINDS)}")] = None,
     device: Device = None,
     data: Data = Path("data"),
     json_file: JsonFile = None,
