@@ -24,7 +24,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import torch
@@ -197,7 +196,7 @@ def shell(
 
 # %% ../nbs/70_report.ipynb #c026
 def to_html(
-    notebook: nbformat.NotebookNode,  # executed
+    notebook: dict,  # executed, as nbformat reads it
 ) -> str:
     "An executed notebook as a page; progress bars and other chatter on stderr are left out."
     from nbconvert import HTMLExporter
@@ -225,6 +224,7 @@ def _check_value(
 
 def _check_parameters(notebook: Path, parameters: dict) -> None:
     "Refuse a notebook without its parameters cell, and a name that is not in it."
+    import nbformat
     import papermill
 
     tags = [cell.metadata.get("tags", []) for cell in nbformat.read(notebook, as_version=4).cells]
@@ -241,7 +241,7 @@ class ExperimentFailed(RuntimeError):
     "A cell of an experiment raised; the message says page, cell and error."
 
 
-def _execute(notebook: Path, side: Path, out: Path, parameters: dict, cwd: str | Path) -> nbformat.NotebookNode:
+def _execute(notebook: Path, side: Path, out: Path, parameters: dict, cwd: str | Path) -> dict:
     "Run a notebook that writes into a side folder; its code reads as if that were the folder of the run."
     import papermill
 
