@@ -344,19 +344,6 @@ def test_an_interruption_costs_64_images_at_most(photos, tmp_path):
     assert Store.open(tmp_path / "store").counts == (64, 64, 22)
 
 
-@pytest.mark.parametrize("out", ["store", "{key}"])
-@pytest.mark.parametrize("complete", [True, False])
-def test_a_store_of_the_larger_shards_of_earlier_versions_goes_on_with_them(photos, tmp_path, out, complete):
-    settings = dict(regions=Regions(level=0), out=tmp_path / out)
-    earlier, encoder = extract(photos, Colours(), shard_size=256, **settings), Colours()
-    expected = contents(earlier.path)
-    if not complete:
-        (earlier.path / "descriptors-00000.npy").unlink()
-        (earlier.path / "manifest.json").write_text(json.dumps(earlier.manifest | {"complete": False}))
-    now = extract(photos, encoder, **settings)
-    assert contents(now.path) == expected and now.path == earlier.path and bool(encoder.shapes) != complete
-
-
 def test_a_folder_with_other_things_is_left_alone(photos, tmp_path):
     with pytest.raises(ValueError, match="holds no store"):
         extract(photos, Colours(), Regions(level=0), photos[0].parent)
