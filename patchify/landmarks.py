@@ -6,7 +6,6 @@
 __all__ = ['DescriptorFile', 'read_images', 'read_shortlists', 'Landmarks', 'load_landmarks']
 
 # %% ../nbs/49_landmarks.ipynb #c003
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
