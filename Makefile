@@ -25,13 +25,13 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 train-mini: install
-	$(BIN)/python -m patchify.training
+	$(BIN)/python -m patchify.zoo.encoder
 
 train-rerankers: install
-	$(BIN)/python -m patchify.rerankers
+	$(BIN)/python -m patchify.zoo.rerankers
 
 train-heads: install
-	$(BIN)/python -m patchify.trained
+	$(BIN)/python -m patchify.zoo.heads
 
 notebooks: install
 	$(BIN)/nbdev_export

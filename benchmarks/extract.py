@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.pyramid import photograph
-from patchify.benchmark import open_image
+from patchify.images import open_image
 from patchify.boxes import Regions
 from patchify.encoder import load_encoder
 from patchify.pyramid import cut_patches

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from patchify.ames import AMES, pack
-from patchify.locore import LOCORE
-from patchify.rerank import Descriptors
+from patchify.rerank.ames import AMES, pack
+from patchify.rerank.locore import LOCORE
+from patchify.rerank.shortlist import Descriptors
 
 DESCRIPTORS, DIM, HEADS, WINDOW = 49, 256, 8, 512      # tokens of an image, and the small published LOCORE
 

@@ -28,17 +28,20 @@ import typer
 from PIL import Image
 from typer.core import TyperGroup
 
-from .benchmark import load, load_folder, open_image, suggest
+from .data.folders import load_folder
+from .data.registry import load
+from .files import suggest
+from .images import open_image
 from .boxes import REGION_KINDS, Regions
-from .compress import CompressedIndex, IVFPQIndex, PQIndex, kept
+from .compress import CompressedIndex, IVFPQIndex, PQIndex, load_or_build_index
 from .encoder import Encoder, load_encoder
-from .evaluate import Described, describe, figures_of, rank
-from .figures import Shown, retrieval_strip
+from .evaluate import Described, describe, metrics_dict, rank
+from .pages.figures import Panel, retrieval_strip
 from .metrics import save_similarities
-from .mini import make_mini
+from .synthetic.mini import make_mini
 from .pyramid import cut_patches
-from .report import provenance, run_reports, shell
-from .rerankers import KINDS, Reranker
+from .pages.report import provenance, run_reports, shell
+from .zoo.rerankers import DESCRIPTORS_PER_IMAGE, Reranker
 from .search import ExactIndex
 from .store import Store, extract
 
@@ -123,7 +126,7 @@ def _build(settings: CompressedIndex | None, described: Described, data: Path) -
 
     @_named_as_options()
     def build(blocks, rows):
-        return kept(settings, blocks, rows, described.regions.levels, data / "indexes", described.gallery.path.name)
+        return load_or_build_index(settings, blocks, rows, described.regions.levels, data / "indexes", described.gallery.path.name)
 
     return build
 
@@ -178,7 +181,7 @@ def evaluate(
     nlist: Annotated[int, typer.Option(help="ivfpq: inverted lists")] = 256,
     nprobe: Annotated[Optional[int], typer.Option(help="ivfpq: lists a query visits; default: all")] = None,
     train_level: Annotated[int, typer.Option(help="pq, ivfpq: level whose patches train the quantiser; -1: those indexed, -2: all levels together")] = -1,
-    rerank: Annotated[Optional[str], typer.Option(help=f"re-rank the first images of every query: {', '.join(KINDS)}")] = None,
+    rerank: Annotated[Optional[str], typer.Option(help=f"re-rank the first images of every query: {', '.join(DESCRIPTORS_PER_IMAGE)}")] = None,
     device: Device = None,
     data: Data = Path("data"),
     json_file: JsonFile = None,
@@ -197,7 +200,7 @@ def evaluate(
     run = rank(described, index=_build(settings, described, data))
     if second_stage:
         run = second_stage(run, encoder, data)
-    report = figures_of(run)
+    report = metrics_dict(run)
     report["provenance"] = provenance(dataset=dataset, data=benchmark.fingerprint, backbone=backbone, encoder=encoder.fingerprint, weights=encoder.notes,
                                       regions=regions, level=level, index=index, rerank=rerank, seconds=round(time.perf_counter() - started, 1))
     print(_summary(run.described.benchmark.name, report))
@@ -266,13 +269,13 @@ def _indexed_folder(directory: Path, images: int) -> tuple[Path, list[str]]:
     return folder, paths
 
 # %% ../nbs/80_cli.ipynb #c033
-def _picture(folder: Path, hit: dict, place: int) -> Shown:
+def _picture(folder: Path, hit: dict, place: int) -> Panel:
     "A hit for the page, without a patch where its file cannot be read any more."
     no_truth = np.empty((0, 4))
     try:
-        return Shown(open_image(folder / hit["path"]), np.array(hit["box"]), no_truth, None, f"{place} · {hit['score']:.2f}")
+        return Panel(open_image(folder / hit["path"]), np.array(hit["box"]), no_truth, None, f"{place} · {hit['score']:.2f}")
     except ValueError:
-        return Shown(Image.new("RGB", (240, 180), "lightgrey"), None, no_truth, None, f"{place} · {hit['score']:.2f} · missing")
+        return Panel(Image.new("RGB", (240, 180), "lightgrey"), None, no_truth, None, f"{place} · {hit['score']:.2f} · missing")
 
 
 def _results_page(query: Image.Image, folder: Path, found: list[dict]) -> str:

@@ -2,15 +2,15 @@
 import pytest
 import torch
 
-from patchify.ames import AMES, Binarize, load_ames
-from patchify.rerank import load_weights
+from patchify.rerank.ames import AMES, Binarize, load_ames
+from patchify.files import load_strict
 
 
 def build(golden):
     m = golden.config["model"]
     model = AMES(m["local_dim"], m["model_dim"], m["nhead"], m["num_encoder_layers"], m["dim_feedforward"], m["activation"],
                  m["normalize_before"], m["binarized"])
-    return load_weights(model, golden.weights)
+    return load_strict(model, golden.weights)
 
 
 def inputs(golden):
@@ -49,4 +49,4 @@ def check_sizes_are_read_off_the_tensors(golden):
 def check_names_the_tensor_of_another_shape(golden):
     broken = dict(golden.weights) | {"decoder.layers.0.linear2.bias": torch.zeros(3)}
     with pytest.raises(ValueError, match="decoder.layers.0.linear2.bias"):
-        load_weights(build(golden), broken)
+        load_strict(build(golden), broken)

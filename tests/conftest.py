@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     "A data folder with the tiny benchmark in it."
-    from patchify.mini import load_mini
+    from patchify.synthetic.mini import load_mini
 
     folder = tmp_path_factory.mktemp("data")
     load_mini(folder, "tiny")

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.locore import LOCORE, aggregate, list_recall, load_locore, locore_loss
-from patchify.rerank import Descriptors, load_weights
+from patchify.rerank.locore import LOCORE, aggregate, list_recall, load_locore, locore_loss
+from patchify.files import load_strict
+from patchify.rerank.shortlist import Descriptors
 
 MODES = ("max-prod", "max-sum", "max-start", "max-end")
 
@@ -15,7 +16,7 @@ def build(golden, **changed):
     model = LOCORE(m["local_dim"], m["global_dim"], m["num_scales"], lm["hidden_size"], lm["num_hidden_layers"], lm["num_attention_heads"],
                    lm["attention_window"][0], lm["intermediate_size"], lm["max_position_embeddings"], m["pos_type"],
                    m["query_global_attention"], m["do_norm"], dropout=0.0)
-    return load_weights(model, golden.weights).eval()
+    return load_strict(model, golden.weights).eval()
 
 
 def images(golden, case):
@@ -62,4 +63,4 @@ def check_sizes_are_read_off_the_tensors(golden):
 def check_names_the_tensor_of_another_shape(golden):
     name = "language_model.longformer.encoder.layer.0.attention.self.key_global.weight"
     with pytest.raises(ValueError, match=name):
-        load_weights(build(golden), dict(golden.weights) | {name: torch.zeros(3, 3)})
+        load_strict(build(golden), dict(golden.weights) | {name: torch.zeros(3, 3)})

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchify.ames import AMES, AmesScorer, Binarize, PackedDescriptors, ames_loss, attention_masks, binary_student, draw_pairs, itq, load_ames, pack
-from patchify.rerank import Descriptors, rerank
+from patchify.rerank.ames import AMES, AmesScorer, Binarize, PackedDescriptors, ames_loss, attention_masks, binary_student, draw_pairs, itq, load_ames, pack
+from patchify.rerank.shortlist import Descriptors, rerank
 from patchify.search import SearchResult
-from patchify.train import Plan, train
+from patchify.learn import TrainingPlan, train
 
 torch.set_num_threads(1)                    # these networks are too small to share out
 
@@ -167,7 +167,7 @@ def test_distillation_pulls_the_student_to_its_teacher():
     gallery, instance = sets(40, 4, 8, ragged=False), np.repeat(np.arange(10), 4)
     loss = lambda _, draw: ames_loss(student, *draw_pairs(gallery, instance, draw, 32), teacher=teacher, teacher_weight=10)
     before = teacher.state_dict()["mtc_token"].clone()
-    losses = train(student, loss, Plan(steps=40, learning_rate=3e-3))
+    losses = train(student, loss, TrainingPlan(steps=40, learning_rate=3e-3))
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]) and torch.equal(before, teacher.mtc_token)
     with pytest.raises(ValueError, match="as many bits"):
         binary_student(teacher, np.zeros((8, 12)), np.zeros((4, 8)))
@@ -185,7 +185,7 @@ def test_training_resumes_to_the_same_weights(tmp_path):
                 raise KeyboardInterrupt
             return ames_loss(model, *draw_pairs(gallery, instance, draw, 8))
         try:
-            train(model, loss, Plan(steps=12, learning_rate=1e-3), checkpoint=file, save_every=4)
+            train(model, loss, TrainingPlan(steps=12, learning_rate=1e-3), checkpoint=file, save_every=4)
         except KeyboardInterrupt:
             pass
         return model.state_dict()

@@ -11,14 +11,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
-from patchify.asymmetric import (
-    PRESETS, Preset, Student, Views, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views,
-    evaluate_classes, mix_views, one_view_each, query_cost, relational_loss, render, sample_negatives, triplet_loss, triplet_step)
-from patchify.benchmark import open_image as open_file
-from patchify.classes import load_cub
+from patchify.descriptors.raml import CoupledViews, PRESETS, Preset, Student, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views, evaluate_classes, mix_views, one_view_each, query_cost, relational_loss, render_views, sample_negatives, triplet_loss, triplet_step
+from patchify.images import open_image as open_file
+from patchify.data.classes import load_cub
 from patchify.encoder import Encoder
-from patchify.token import DescriptorNet, FeatureMap, PoolHead
-from patchify.train import Plan, train
+from patchify.descriptors.token import DescriptorNet, FeatureMap, PoolHead
+from patchify.learn import TrainingPlan, train
 
 
 def vectors(*shape, seed=0):
@@ -42,7 +40,7 @@ def test_views_lie_inside_any_image(width, height, seed):
 @given(st.integers(60, 300), st.integers(60, 300), st.integers(0, 1000))
 def test_both_sizes_show_the_same_region(width, height, seed):
     image, views = ramp(width, height), draw_views(width, height, 3, np.random.default_rng(seed), jitter=0, area=(0.2, 1.0))
-    small, large = render(image, views, 16), render(image, views, 64)
+    small, large = render_views(image, views, 16), render_views(image, views, 64)
     assert (small - F.avg_pool2d(large, 4)).abs().max() < 0.04
     for (x0, y0, x1, y1), mirrored, view in zip(views.boxes, views.mirrored, small):
         red = view[0].mean(0)
@@ -53,14 +51,14 @@ def test_both_sizes_show_the_same_region(width, height, seed):
 
 def test_colour_changes_are_shared_by_both_sizes():
     image, views = ramp(120, 90), draw_views(120, 90, 12, np.random.default_rng(0))
-    small, large = render(image, views, 16), render(image, views, 64)
-    plain = render(image, Views(views.boxes, views.mirrored, np.tile([1, 1, 1, 0], (12, 1)), views.order), 64)
+    small, large = render_views(image, views, 16), render_views(image, views, 64)
+    plain = render_views(image, CoupledViews(views.boxes, views.mirrored, np.tile([1, 1, 1, 0], (12, 1)), views.order), 64)
     assert (small.mean((2, 3)) - large.mean((2, 3))).abs().max() < 0.04 < (plain.mean((2, 3)) - large.mean((2, 3))).abs().max()
 
 
 def test_views_are_seeded():
     image = ramp(80, 60)
-    a, b = (render(image, draw_views(80, 60, 4, np.random.default_rng(3)), 16) for _ in range(2))
+    a, b = (render_views(image, draw_views(80, 60, 4, np.random.default_rng(3)), 16) for _ in range(2))
     assert torch.equal(a, b) and a.min() >= 0 and a.max() <= 1
 
 
@@ -188,7 +186,7 @@ def test_a_student_equal_to_a_size_blind_teacher_has_no_loss():
 
 def test_distillation_learns_and_resumes_bit_for_bit(tmp_path):
     teacher, ends = Head(), []
-    plan = Plan(steps=30, learning_rate=0.03, weight_decay=0)
+    plan = TrainingPlan(steps=30, learning_rate=0.03, weight_decay=0)
     for interrupted in (False, True):
         student = Head()
         nn.init.normal_(student.linear.weight, std=2)
@@ -211,16 +209,16 @@ def test_a_broken_loss_stops_with_a_clear_message(tmp_path):
     student = Head()
     loss_of = lambda draw, rng: student.linear.weight.sum() * (float("inf") if draw == 7 else 1.0)
     with pytest.raises(FloatingPointError, match="inf at step 7 of 20.*last good state"):
-        train(student, loss_of, Plan(steps=20, learning_rate=0.1), tmp_path / "run.safetensors", save_every=5)
+        train(student, loss_of, TrainingPlan(steps=20, learning_rate=0.1), tmp_path / "run.safetensors", save_every=5)
     assert student.linear.weight.isfinite().all()
 
 
 def test_another_plan_does_not_continue_a_checkpoint(tmp_path):
     student = Head()
     loss_of = lambda draw, rng: student.linear.weight.square().sum()
-    train(student, loss_of, Plan(steps=3, learning_rate=0.1), tmp_path / "run.safetensors")
+    train(student, loss_of, TrainingPlan(steps=3, learning_rate=0.1), tmp_path / "run.safetensors")
     with pytest.raises(ValueError, match="seed = 0, this run asks for 1"):
-        train(student, loss_of, Plan(steps=3, learning_rate=0.1, seed=1), tmp_path / "run.safetensors")
+        train(student, loss_of, TrainingPlan(steps=3, learning_rate=0.1, seed=1), tmp_path / "run.safetensors")
 
 
 def test_presets_are_the_published_ones():
@@ -242,7 +240,7 @@ def test_views_of_many_images_are_seeded_and_in_order():
     slow, rng = [], np.random.default_rng(1)
     for index in (4, 0, 4):
         image = open_image(index)
-        slow.append(render(image, draw_views(*image.size, 1, rng), 16))
+        slow.append(render_views(image, draw_views(*image.size, 1, rng), 16))
     assert torch.equal(batch, torch.cat(slow))
 
 
@@ -252,7 +250,7 @@ def test_triplets_pull_a_class_together():
     step = triplet_step(net, lambda pick, rng: colours[pick], labels, classes=3)
     with torch.no_grad():
         before = float(step(0, np.random.default_rng(0)))
-    train(net, step, Plan(steps=60, learning_rate=0.05, weight_decay=0))
+    train(net, step, TrainingPlan(steps=60, learning_rate=0.05, weight_decay=0))
     with torch.no_grad():
         assert float(step(0, np.random.default_rng(0))) < before
     with pytest.raises(ValueError, match="class 7 has 1"):
@@ -280,7 +278,7 @@ def test_the_published_run_of_raml_starts(tmp_path):
     torch.manual_seed(0)
     backbone = FeatureMap(timm.create_model("lcnet_035", num_classes=0))
     teacher = DescriptorNet(backbone, PoolHead(backbone.channels, 16)).eval()
-    train(teacher, triplet_step(teacher, one_view_each(look, preset.gallery_size), rows["label"], classes=2, each=2), Plan(1, 1e-4))
+    train(teacher, triplet_step(teacher, one_view_each(look, preset.gallery_size), rows["label"], classes=2, each=2), TrainingPlan(1, 1e-4))
     student = copy.deepcopy(teacher)
     teacher.requires_grad_(False)
     first = student.head.whiten.weight.detach().clone()
@@ -296,7 +294,7 @@ def test_a_student_is_a_trainable_copy_and_leaves_its_teacher_alone():
     student, reference = Student(teacher, 32), teacher(images)
     assert torch.allclose(student(images).detach(), reference, atol=1e-5)
     step = distillation_step(student, teacher, open_image, 5, settings_of(query_size=32, gallery_size=48))
-    train(student, step, Plan(steps=2, learning_rate=0.01))
+    train(student, step, TrainingPlan(steps=2, learning_rate=0.01))
     assert torch.equal(teacher(images), reference) and not torch.allclose(student(images).detach(), reference, atol=1e-4)
     frozen = student.as_encoder(torch.float32)
     assert frozen.size == 32 and frozen.dim == teacher.dim and frozen.fingerprint != before and not frozen.model.training

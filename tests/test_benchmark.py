@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from patchify.benchmark import find_images, load, load_folder, load_ilias, open_image, read_boxes, suggest
+from patchify.data.folders import load_folder, load_ilias, read_boxes
+from patchify.data.registry import load
+from patchify.files import suggest
+from patchify.images import find_images, open_image
 
 
 def picture(width=40, height=30, color=(200, 30, 60)) -> bytes:

@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 import pytest
 
-from patchify.benchmark import LOADERS, load
-from patchify.classes import LabelledSet, load_cars, load_cub, load_gldv2, load_gldv2_train, load_inshop, load_sop, read_mat
+from patchify.data.registry import LOADERS, load
+from patchify.data.classes import LabelledSet, load_cars, load_cub, load_gldv2, load_gldv2_train, load_inshop, load_sop, read_mat
 
 
 def write(path, text):

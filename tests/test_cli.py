@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import restricted_pickle
-from patchify.benchmark import load_ilias
+from patchify.data.folders import load_ilias
 from patchify.cli import main
 from patchify.metrics import ap_ilias
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from patchify import compress as module
-from patchify.compress import (IVFPQIndex, PQIndex, decoded_parts, memory, open_index, probed_lists, recall, scanned_parts, train_quantiser,
-                               training_patches, training_vectors)
+from patchify.compress import IVFPQIndex, PQIndex, decoded_parts, memory, open_index, probed_lists, recall, scanned_parts, train_quantiser, training_patches, training_vectors
 from patchify.search import ExactIndex, SearchResult, rank_images
 
 FIELDS = ("scores", "ranks", "patch_ids")

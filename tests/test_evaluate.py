@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import restricted_pickle
 
-from patchify.benchmark import load
+from patchify.data.registry import load
 from patchify.boxes import Regions
 from patchify.compress import IVFPQIndex
 from patchify.encoder import load_encoder
-from patchify.evaluate import describe, figures_of, rank
+from patchify.evaluate import describe, metrics_dict, rank
 from patchify.metrics import average_precisions, save_similarities
 
 
@@ -38,8 +38,8 @@ def test_queries_without_a_true_box_are_missed_in_locscore_and_said(described):
     first = described.benchmark.positives[0][0]
     gallery["boxes"] = [np.empty((0, 4), np.float32) if i == first else boxes for i, boxes in enumerate(gallery["boxes"])]
     run = rank(replace(described, benchmark=replace(described.benchmark, gallery=gallery)))
-    assert figures_of(run)["left_out"]["of LocScore, for want of a true box"] == 1
-    assert figures_of(rank(described))["left_out"]["of LocScore, for want of a true box"] == 0
+    assert metrics_dict(run)["left_out"]["of LocScore, for want of a true box"] == 1
+    assert metrics_dict(rank(described))["left_out"]["of LocScore, for want of a true box"] == 0
 
 
 @pytest.mark.parametrize("level", (7, -2, 1.5))

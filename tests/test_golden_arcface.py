@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from patchify.token import ArcFace, load_strict
+from patchify.descriptors.token import ArcFace
+from patchify.files import load_strict
 
 FOLDER = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((FOLDER / "arcface.json").read_text())

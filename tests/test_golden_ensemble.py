@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from rerank_goldens import Golden
 
-from patchify.rerank import fuse, move_junk_last, rerank, score_shortlist, tune
+from patchify.rerank.shortlist import fuse, move_junk_last, rerank, score_shortlist, tune
 from patchify.search import SearchResult
 
 

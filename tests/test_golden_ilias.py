@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import restricted_pickle
 
-from patchify.metrics import (CLUTTER_EDGES, SCALE_EDGES, average_precisions, by_category, by_group, oracle_ilias,
-                              save_similarities, split_positives)
+from patchify.metrics import CLUTTER_EDGES, SCALE_EDGES, average_precisions, by_category, by_group, oracle_ilias, save_similarities, split_positives
 
 GOLDEN = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 INFO = json.loads((GOLDEN / "ilias.json").read_text())

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from rerank_goldens import Golden
 
-from patchify.locore import rerank_windows, slide, window_starts
-from patchify.rerank import move_junk_last
+from patchify.rerank.locore import rerank_windows, slide, window_starts
+from patchify.rerank.shortlist import move_junk_last
 from patchify.search import SearchResult
 
 

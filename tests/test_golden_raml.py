@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.asymmetric import (
-    absolute_loss, batch_positives, distillation_loss, evaluate_classes, rank_images, relational_loss, triplet_loss)
-from patchify.token import GeM, PoolHead, gem, mac, power_law, spoc, unit
+from patchify.descriptors.raml import absolute_loss, batch_positives, distillation_loss, evaluate_classes, rank_images, relational_loss, triplet_loss
+from patchify.descriptors.token import GeM, PoolHead, gem, mac, power_law, spoc, unit
 
 FOLDER = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((FOLDER / "raml.json").read_text())

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from patchify.token import TokenHead, load_strict, load_token_head
+from patchify.descriptors.token import TokenHead, load_token_head
+from patchify.files import load_strict
 
 FOLDER = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((FOLDER / "token_refine.json").read_text())

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from patchify.benchmark import RetrievalSet
-from patchify.classes import LabelledSet, load_gldv2_train
-from patchify.heads import (
-    Classifier, head_descriptors, image_batches, labelled_crops, open_crop, photo_descriptors, published_plan, scale_descriptors, train_head, train_network, view_maps)
-from patchify.token import SCALES, DescriptorNet, FeatureMap, PoolHead, TokenHead
-from patchify.train import Plan, train
+from patchify.retrieval_set import RetrievalSet
+from patchify.data.classes import LabelledSet, load_gldv2_train
+from patchify.descriptors.heads import Classifier, head_descriptors, image_batches, labelled_crops, open_crop, photo_descriptors, published_plan, scale_descriptors, train_head, train_network, view_maps
+from patchify.descriptors.token import DescriptorNet, FeatureMap, IMAGE_SCALES, PoolHead, TokenHead
+from patchify.learn import TrainingPlan, train
 
 
 @pytest.fixture
@@ -71,12 +70,12 @@ def test_every_head_sees_the_same_batches(labelled):
             return super().forward(feature_map)
 
     for pool in ("gem", "mac"):
-        train_head(Spy(3, 4, pool), maps, [0, 0, 1, 1, 2, 2], 4, Plan(steps=3, learning_rate=0.01), batch=5)
+        train_head(Spy(3, 4, pool), maps, [0, 0, 1, 1, 2, 2], 4, TrainingPlan(steps=3, learning_rate=0.01), batch=5)
     assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:]))
 
 
 def test_a_finished_head_is_loaded(labelled, tmp_path):
-    maps, plan, found = view_maps(labelled_crops(labelled), pooled, 16, views=2), Plan(steps=4, learning_rate=0.05), []
+    maps, plan, found = view_maps(labelled_crops(labelled), pooled, 16, views=2), TrainingPlan(steps=4, learning_rate=0.05), []
     for _ in range(2):
         head = PoolHead(3, 4)
         train_head(head, maps, [0, 0, 1, 1, 2, 2], 4, plan, checkpoint=tmp_path / "head.safetensors")
@@ -105,7 +104,7 @@ def test_the_published_plan_warms_up_for_five_epochs():
 
 
 def test_the_batches_of_a_step_are_averaged(labelled):
-    crops, plan = labelled_crops(labelled), Plan(1, 0.1, optimizer="sgd", accumulate=3, seed=5)
+    crops, plan = labelled_crops(labelled), TrainingPlan(1, 0.1, optimizer="sgd", accumulate=3, seed=5)
     torch.manual_seed(0)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     slow, batches = copy.deepcopy(net), image_batches(crops, 8, batch=2)
@@ -149,7 +148,7 @@ def test_the_published_run_of_token_starts_and_goes_on(tmp_path):
     losses = train_network(whole, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "whole.safetensors")
     assert len(losses) == plan.steps == 9 and np.isfinite(losses).all() and not whole.training
     with pytest.MonkeyPatch.context() as patch:                     # killed at the fifth step, with checkpoints at every second
-        patch.setattr("patchify.heads.train", lambda module, loss_of, plan, path: train(
+        patch.setattr("patchify.descriptors.heads.train", lambda module, loss_of, plan, path: train(
             module, lambda draw, rng: loss_of(draw, rng) if draw < 10 else (_ for _ in ()).throw(KeyboardInterrupt), plan, path, save_every=2))
         with pytest.raises(KeyboardInterrupt):
             train_network(parts, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "parts.safetensors")
@@ -180,7 +179,7 @@ def test_scales_are_finished_batch_by_batch(labelled):
         return nn.functional.avg_pool2d(images, 4)
 
     net, crops = DescriptorNet(backbone, PoolHead(3, 4)), labelled_crops(labelled)
-    slow = torch.cat([net.describe(torch.from_numpy(np.array(open_crop(row.file, row.box).resize((16, 16)))).permute(2, 0, 1)[None].float() / 255, SCALES) for row in crops.itertuples()])
+    slow = torch.cat([net.describe(torch.from_numpy(np.array(open_crop(row.file, row.box).resize((16, 16)))).permute(2, 0, 1)[None].float() / 255, IMAGE_SCALES) for row in crops.itertuples()])
     largest.clear()
     assert np.allclose(F.normalize(torch.from_numpy(scale_descriptors(net, crops, 16, batch=4).sum(0))), slow, atol=1e-5)
-    assert max(largest) == 4 and len(largest) == 2 * len(SCALES)
+    assert max(largest) == 4 and len(largest) == 2 * len(IMAGE_SCALES)

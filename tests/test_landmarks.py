@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.ames import draw_pairs
-from patchify.landmarks import DescriptorFile, load_landmarks, read_images, read_shortlists
-from patchify.locore import draw_lists
-from patchify.rerank import from_columns
+from patchify.rerank.ames import draw_pairs
+from patchify.rerank.official import DescriptorFile, load_landmarks, read_images, read_shortlists
+from patchify.rerank.locore import draw_lists
+from patchify.rerank.shortlist import from_columns
 
 N, T, C = 9, 6, 8
 

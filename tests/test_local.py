@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from patchify.encoder import load_encoder
-from patchify.local import local_sets, norm_strength, strongest, train_detector
-from patchify.train import Plan
+from patchify.rerank.local import local_sets, norm_strength, strongest, train_detector
+from patchify.learn import TrainingPlan
 
 torch.set_num_threads(1)
 
@@ -79,7 +79,7 @@ def test_a_learned_detector_prefers_what_names_the_object():
     for i in range(60):
         maps[i, labels[i], tells[i] // 4, tells[i] % 4] += 3
         maps[i, 11, says_nothing[i] // 4, says_nothing[i] % 4] += 4
-    attention, losses = train_detector(maps[:40], labels[:40], Plan(200, 1e-2))
+    attention, losses = train_detector(maps[:40], labels[:40], TrainingPlan(200, 1e-2))
     strength = attention(maps[40:]).flatten(1)
     assert np.mean(losses[-10:]) < losses[0]
     assert (strength.argmax(1) == tells[40:]).float().mean() > 0.6

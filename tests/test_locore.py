@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.locore import GLOBAL, LOCORE, LocoreScorer, aggregate, allowed_pairs, draw_lists, join, load_locore, locore_loss, rerank_windows, start_from_matching, token_positions, token_roles, window_starts
-from patchify.rerank import Descriptors, rerank
+from patchify.rerank.locore import GLOBAL, LOCORE, LocoreScorer, aggregate, allowed_pairs, draw_lists, join, load_locore, locore_loss, rerank_windows, start_from_matching, token_positions, token_roles, window_starts
+from patchify.rerank.shortlist import Descriptors, rerank
 from patchify.search import SearchResult
-from patchify.train import Plan, train
+from patchify.learn import TrainingPlan, train
 
 torch.set_num_threads(1)                    # these networks are too small to share out
 
@@ -142,7 +142,7 @@ def test_training_lowers_the_loss_and_reaches_every_parameter_that_counts():
     locore_loss(model(lists), positive).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert all("pad_embedding" in name or "key.bias" in name or "key_global.bias" in name for name in silent), silent
-    losses = train(model, lambda *_: locore_loss(model(lists), positive), Plan(steps=30, learning_rate=1e-2))
+    losses = train(model, lambda *_: locore_loss(model(lists), positive), TrainingPlan(steps=30, learning_rate=1e-2))
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -193,7 +193,7 @@ def test_windows_as_long_as_the_list_are_plain_reranking():
 def test_a_pretrained_language_model_of_another_size_is_refused():
     from transformers import LongformerConfig, LongformerModel
 
-    from patchify.locore import start_from_longformer
+    from patchify.rerank.locore import start_from_longformer
     language = LongformerModel(LongformerConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, attention_window=[8], intermediate_size=16, vocab_size=5,
                                                 max_position_embeddings=34, type_vocab_size=1), add_pooling_layer=False)
     weights = {f"longformer.{name}": tensor for name, tensor in language.state_dict().items()}

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchify import mini, views
-from patchify.benchmark import load_ilias
-from patchify.design import KINDS, atlas, family
-from patchify.training import Recipe
+from patchify.synthetic import mini
+from patchify.synthetic import batches as views
+from patchify.data.folders import load_ilias
+from patchify.synthetic.design import PRODUCT_KINDS, atlas, family
+from patchify.zoo.encoder import EncoderRecipe
 
 
 def files(root: Path) -> dict:
@@ -52,7 +53,7 @@ def test_the_mask_is_what_a_pixel_comparison_finds():
 
 
 def test_training_never_sees_a_benchmark_object():
-    recipe = Recipe()
+    recipe = EncoderRecipe()
     assert recipe.objects <= mini.BENCHMARK_SEEDS and recipe.grounds <= mini.BENCHMARK_SEEDS
     assert inspect.signature(views.make_props).parameters["first"].default + recipe.objects <= mini.BENCHMARK_SEEDS
     with pytest.raises(ValueError, match="training seeds"):
@@ -66,7 +67,7 @@ def test_every_kind_of_object_is_drawn_and_families_differ():
     kinds = {}
     for seed in range(60):
         kinds.setdefault((first := family(seed)[0]).kind, first)
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == set(PRODUCT_KINDS)
     for seed in range(8):
         sheets = [atlas(member, 64) for member in family(seed, 4)]
         assert all((a != b).any() for i, a in enumerate(sheets) for b in sheets[:i])
@@ -93,7 +94,7 @@ def test_as_many_processes_as_cores_are_allowed(tmp_path, monkeypatch):
         assert workers == 2
         raise Enough
 
-    monkeypatch.setattr("patchify.mini._run", start)
+    monkeypatch.setattr("patchify.synthetic.mini._run", start)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {1, 5}, raising=False)
     with pytest.raises(Enough):
         mini.make_mini(tmp_path / "mini", instances=1)

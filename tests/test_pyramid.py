@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchify.benchmark import open_image
+from patchify.images import open_image
 from patchify.boxes import REGION_KINDS, Regions, pyramid_boxes
 from patchify.encoder import load_encoder
 from patchify.pyramid import cut_patches, cut_with_matrices, cut_with_pil, cut_with_torch, pool_regions

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from patchify.report import LONG, build_index, published
+from patchify.pages.report import LONG, build_index, published
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from patchify.rerank import Descriptors, from_columns, fuse, load_weights, move_junk_last, read_weights, rerank, rows, score_shortlist, tune
+from patchify.files import load_strict, read_weights
+from patchify.rerank.shortlist import Descriptors, from_columns, fuse, move_junk_last, rerank, rows, score_shortlist, tune
 from patchify.search import SearchResult
 
 
@@ -116,7 +117,7 @@ def test_weights_are_read_from_either_format(tmp_path, wrap):
     torch.save(wrap(weights), tmp_path / "w.pt")
     save_file(weights, tmp_path / "w.safetensors")
     for name in ("w.pt", "w.safetensors"):
-        layer = load_weights(torch.nn.Linear(3, 2), read_weights(tmp_path / name))
+        layer = load_strict(torch.nn.Linear(3, 2), read_weights(tmp_path / name))
         assert (layer.weight == 1).all()
 
 
@@ -136,4 +137,4 @@ def test_the_first_tensor_that_does_not_fit_is_named():
     for weights, message in [({"weight": torch.zeros(2, 3)}, "bias: not in"), (fitting | {"more": torch.zeros(1)}, "more: in the checkpoint"),
                              (fitting | {"bias": torch.zeros(5)}, r"bias: shape \(5,\) in the checkpoint, \(2,\)")]:
         with pytest.raises(ValueError, match=message):
-            load_weights(layer, weights)
+            load_strict(layer, weights)

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.benchmark import RetrievalSet, load
+from patchify.data.registry import load
+from patchify.retrieval_set import RetrievalSet
 from patchify.cli import main
 from patchify.compress import PQIndex
 from patchify.encoder import MINI_WEIGHTS, load_encoder
 from patchify.evaluate import describe, rank
-from patchify.rerank import rerank
-from patchify.rerankers import KINDS, PARTS, PYRAMID, Reranker, descriptors_of, local_descriptors, make_shelf, reranker_file, reranker_scorer, train_ames, train_locore, train_rerankers
+from patchify.rerank.shortlist import rerank
+from patchify.zoo.rerankers import DESCRIPTORS_PER_IMAGE, GALLERY_REGIONS, QUERY_REGIONS, Reranker, descriptors_of, local_descriptors, make_reranking_task, reranker_file, reranker_scorer, train_ames, train_locore, train_rerankers
 
-HERE = [kind for kind in KINDS if not kind.startswith("locore") or find_spec("transformers")]
+HERE = [kind for kind in DESCRIPTORS_PER_IMAGE if not kind.startswith("locore") or find_spec("transformers")]
 PATCHES = [kind for kind in HERE if kind.endswith("patches")]
 torch.set_num_threads(2)
 
@@ -29,12 +30,12 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def run(encoder, data):
-    return rank(describe(load("tiny", data), encoder, PYRAMID, data / "stores"))
+    return rank(describe(load("tiny", data), encoder, GALLERY_REGIONS, data / "stores"))
 
 
 @pytest.fixture(scope="module")
 def shelf(encoder, data):
-    return make_shelf("ames", encoder, 6, data)
+    return make_reranking_task("ames", encoder, 6, data)
 
 
 @pytest.mark.parametrize("kind", HERE)
@@ -60,7 +61,7 @@ def test_patches_are_read_where_the_search_keeps_them(kind, encoder, run, data):
     reranker = replace(Reranker.load(kind, encoder, data), top_k=5)
     queries, gallery = descriptors_of(kind, run, encoder, data)
     store = [file.read_bytes() for file in sorted(run.described.gallery.path.iterdir())]
-    assert queries.count == PARTS.count and gallery.count == 30 and all(isinstance(block, np.memmap) for block in gallery.values)
+    assert queries.count == QUERY_REGIONS.count and gallery.count == 30 and all(isinstance(block, np.memmap) for block in gallery.values)
     assert reranker(run, encoder, data).bytes_per_image == run.bytes_per_image == reranker.stored_bytes(gallery)
     assert [file.read_bytes() for file in sorted(run.described.gallery.path.iterdir())] == store
 
@@ -124,18 +125,18 @@ def test_training_goes_on_where_it_stopped(shelf, tmp_path):
 @pytest.mark.skipif("locore" not in HERE, reason="needs transformers")
 @pytest.mark.parametrize("kind", ["locore", "locore_patches"])
 def test_a_short_training_of_locore_changes_every_matrix_that_counts(kind, encoder, data):
-    shelf = make_shelf(kind, encoder, 6, data)
+    shelf = make_reranking_task(kind, encoder, 6, data)
     before, _ = train_locore(shelf, 1)
     after, losses = train_locore(shelf, 3)
     assert np.isfinite(losses).all() and before.local_to_lm.weight.shape[0] == 128
     assert not torch.equal(before.local_to_lm.weight, after.local_to_lm.weight)
-    assert shelf.gallery.count == KINDS[kind] and after.scale_encoder.num_embeddings == (4 if kind.endswith("patches") else 1)
+    assert shelf.gallery.count == DESCRIPTORS_PER_IMAGE[kind] and after.scale_encoder.num_embeddings == (4 if kind.endswith("patches") else 1)
     assert reranker_scorer(after, shelf.queries, shelf.gallery)(0, np.arange(8)).shape == (8,)
 
 
 def test_another_encoder_is_refused_until_its_own_are_trained(tmp_path):
     other = load_encoder("resnet10t", random_weights=True, device="cpu")
-    with pytest.raises(ValueError, match="no re-ranker is trained for resnet10t .*python -m patchify.rerankers"):
+    with pytest.raises(ValueError, match="no re-ranker is trained for resnet10t .*python -m patchify.zoo.rerankers"):
         Reranker.load("ames", other, tmp_path)
     with pytest.raises(ValueError, match="did you mean"):
         Reranker.load("amess", other, tmp_path)
@@ -145,13 +146,13 @@ def test_another_encoder_is_refused_until_its_own_are_trained(tmp_path):
 def test_an_encoder_without_re_rankers_gets_all_of_them(shelf, data):
     other = load_encoder("mini", MINI_WEIGHTS, device="cpu")  # a file of its own, so not the shipped one; its shelf is described already
     paths = train_rerankers(other, 6, 1, data)
-    assert [path.stem for path in paths] == list(KINDS) and all(path.is_relative_to(data) for path in paths)
-    assert all(Reranker.load(kind, other, data).kind == kind for kind in KINDS)
+    assert [path.stem for path in paths] == list(DESCRIPTORS_PER_IMAGE) and all(path.is_relative_to(data) for path in paths)
+    assert all(Reranker.load(kind, other, data).kind == kind for kind in DESCRIPTORS_PER_IMAGE)
 
 
 def test_local_descriptors_are_read_from_disk_the_second_time(encoder, run, data, monkeypatch):
     first = local_descriptors(run.described, encoder, data)
-    monkeypatch.setattr("patchify.rerankers.local_sets", None)
+    monkeypatch.setattr("patchify.zoo.rerankers.local_sets", None)
     assert all(np.array_equal(a.values, b.values) for a, b in zip(first, local_descriptors(run.described, encoder, data)))
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchify.benchmark import load
-from patchify.revisited import load_revisited, read_pickle
+from patchify.data.registry import load
+from patchify.data.landmarks import load_revisited
+from patchify.files import read_pickle
 
 
 def make(root, arrays=True, protocol=2, **changed):

@@ -7,9 +7,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
-from patchify.token import (
-    POOLINGS, SCALES, ArcFace, Attention, DescriptorNet, FeatureMap, PoolHead, TokenHead, gem, limit_size, load_strict, load_token_head,
-    mac, multiscale, power_law, read_tensors, rmac, rmac_regions, spoc, token_maps, tokenize, unit)
+from patchify.descriptors.token import ArcFace, Attention, DescriptorNet, FeatureMap, IMAGE_SCALES, POOLINGS, PoolHead, TokenHead, gem, limit_size, load_token_head, mac, multiscale, power_law, rmac, rmac_regions, spoc, token_maps, tokenize, unit
+from patchify.files import load_strict, read_weights
 
 SMALL = dict(in_channels=6, dim=5, mid_dim=8, n_tokens=3, heads=2)
 
@@ -115,7 +114,7 @@ def test_checkpoints_of_torch_load(tmp_path, wrap):
 def test_pickles_with_code_are_refused(tmp_path):
     torch.save({"state_dict": nn.Linear(2, 2)}, tmp_path / "model.pth")
     with pytest.raises(Exception, match="weights_only|Weights only"):
-        read_tensors(tmp_path / "model.pth")
+        read_weights(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -178,7 +177,7 @@ def test_maps_of_every_family_of_backbones(name):
 def test_describe_restores_the_mode_and_gives_unit_rows():
     net = DescriptorNet(FeatureMap(Strided()), TokenHead(3, 5, 8, 2, 2)).train()
     images = torch.rand(2, 3, 32, 40)
-    one, several = net.describe(images), net.describe(images, SCALES)
+    one, several = net.describe(images), net.describe(images, IMAGE_SCALES)
     assert net.training and torch.allclose(several.norm(dim=1), torch.ones(2), atol=1e-5) and not torch.allclose(one, several)
     assert torch.equal(net.describe(images), one)   # eval mode inside: no dropout, no change of statistics
     maps = token_maps(net, images)

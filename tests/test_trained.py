@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from patchify.asymmetric import Student
+from patchify.descriptors.raml import Student
 from patchify.encoder import Encoder, load_encoder
-from patchify.token import POOLINGS
-from patchify.trained import HEADS, TERMS, Lessons, School, keep, key_of, query_sizes, taught_head, taught_student
+from patchify.descriptors.token import POOLINGS
+from patchify.zoo.heads import CropSource, HEADS, TERMS, TrainingContext, cache_key, query_sizes, train_or_load, train_or_load_head, train_or_load_student
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "patchify/weights"
@@ -26,14 +26,14 @@ def defaults(page):
 
 def test_the_pages_find_every_network_in_the_package(tmp_path):
     encoder, token, small = load_encoder("mini"), defaults("token"), defaults("asymmetric")
-    school = School(encoder, Lessons(token["products"], data=tmp_path), token["seed"])
+    school = TrainingContext(encoder, CropSource(token["products"], data=tmp_path), token["seed"])
     for name in [*(f"token {count}" for count in token["tokens"].split(",")), *POOLINGS]:
-        head, losses = taught_head(school, name, token["size"], token["steps"])
+        head, losses = train_or_load_head(school, name, token["size"], token["steps"])
         assert len(losses) == token["steps"] and name in HEADS and not head.training
     assert small["products"] == token["products"] and small["seed"] == token["seed"]
     sizes = query_sizes(encoder, [int(part) for part in small["shrink"].split(",")])
     for size, terms in {(size, TERMS["all three"]) for size in sizes} | {(sizes[-1], terms) for terms in TERMS.values()}:
-        student, losses = taught_student(school, size, terms, small["steps"], small["learning_rate"])
+        student, losses = train_or_load_student(school, size, terms, small["steps"], small["learning_rate"])
         assert len(losses) == small["steps"] and student.size == size
     assert not any(tmp_path.iterdir())                        # nothing was drawn, described or trained
 
@@ -50,14 +50,14 @@ def test_shipped_networks_are_small_and_of_one_encoder():
 
 def test_keys_follow_weights_and_settings_but_not_the_number_type():
     a, b = load_encoder("mini", dtype=torch.float32), load_encoder("mini", dtype=torch.bfloat16)
-    assert key_of(a, 1) == key_of(b, 1) != key_of(a, 2) and key_of(load_encoder("mini", random_weights=True), 1) != key_of(a, 1)
+    assert cache_key(a, 1) == cache_key(b, 1) != cache_key(a, 2) and cache_key(load_encoder("mini", random_weights=True), 1) != cache_key(a, 1)
 
 
 def test_an_interrupted_training_leaves_nothing_that_looks_finished(tmp_path):
     module = nn.Linear(2, 2)
     def stopped(checkpoint): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        keep(module, "none", "k", stopped, tmp_path)
+        train_or_load(module, "none", "k", stopped, tmp_path)
     assert not (tmp_path / "trained/k.safetensors").exists()
 
 

@@ -10,17 +10,17 @@ from safetensors import safe_open
 
 import patchify
 from patchify.encoder import load_encoder
-from patchify.render import draw_pose, geometry, render
-from patchify.design import family
-from patchify.training import Recipe, build, contrastive, train, training_step
-from patchify.views import make_batch, make_props, place, relevance
+from patchify.synthetic.render import draw_pose, geometry, render
+from patchify.synthetic.design import family
+from patchify.zoo.encoder import EncoderRecipe, build_network, contrastive, train_encoder, training_step
+from patchify.synthetic.batches import make_assets, make_batch, place_object, relevance
 
-TINY = Recipe(architecture="mobilenetv4_conv_small_035", dim=16, size=64, steps=6, families=4, empty=4, warmup=2, grow=0., objects=10, grounds=8)
+TINY = EncoderRecipe(architecture="mobilenetv4_conv_small_035", dim=16, size=64, steps=6, families=4, empty=4, warmup=2, grow=0., objects=10, grounds=8)
 
 
 @pytest.fixture(scope="module")
 def props(tmp_path_factory):
-    return make_props(10, 8, side=64, cache=tmp_path_factory.mktemp("props"))
+    return make_assets(10, 8, side=64, cache=tmp_path_factory.mktemp("props"))
 
 
 def slow_contrastive(scores, relevance, temperature):
@@ -50,7 +50,7 @@ def test_loss_equals_the_equation(shape):
 def test_relevance_counts_pixels_that_are_seen():
     opaque = torch.ones(1, 20, 20)
     assert relevance([(opaque, torch.tensor([0]), torch.ones(1)), (opaque, torch.tensor([-1]), torch.ones(1))], 1)[0, 0] == 0
-    quarter = place(torch.ones(1, 1, 8, 8), *(torch.tensor([v]) for v in (0., 0., .5, .5)), 20)[:, 0]
+    quarter = place_object(torch.ones(1, 1, 8, 8), *(torch.tensor([v]) for v in (0., 0., .5, .5)), 20)[:, 0]
     assert relevance([(quarter, torch.tensor([0]), torch.tensor([.25]))], 1)[0, 0] == 1
 
 
@@ -68,9 +68,9 @@ def test_extreme_perspective_is_finite():
 
 
 def test_resumed_run_is_the_uninterrupted_run(props, tmp_path):
-    whole = train(TINY, tmp_path / "whole", props, "cpu", workers=0)
+    whole = train_encoder(TINY, tmp_path / "whole", props, "cpu", workers=0)
     for stop in (2, 5, None):
-        parts = train(TINY, tmp_path / "parts", props, "cpu", workers=0, stop=stop)
+        parts = train_encoder(TINY, tmp_path / "parts", props, "cpu", workers=0, stop=stop)
     a, b = (torch.load(p.with_name("checkpoint.pt"), weights_only=True) for p in (whole, parts))
     assert a["history"] == b["history"] and all(torch.equal(v, b["average"][k]) for k, v in a["average"].items())
     encoder = load_encoder("mini", checkpoint=whole)
@@ -78,19 +78,19 @@ def test_resumed_run_is_the_uninterrupted_run(props, tmp_path):
 
 
 def test_a_worker_renders_the_same_batches(props, tmp_path):
-    steps = [train(replace(TINY, steps=2), tmp_path / str(n), props, "cpu", workers=n).with_name("checkpoint.pt") for n in (0, 1)]
+    steps = [train_encoder(replace(TINY, steps=2), tmp_path / str(n), props, "cpu", workers=n).with_name("checkpoint.pt") for n in (0, 1)]
     a, b = (torch.load(p, weights_only=True)["history"] for p in steps)
     assert np.allclose(a, b, rtol=1e-3)
 
 
 def test_other_recipe_is_refused_by_field(props, tmp_path):
-    train(TINY, tmp_path, props, "cpu", workers=0, stop=1)
+    train_encoder(TINY, tmp_path, props, "cpu", workers=0, stop=1)
     with pytest.raises(ValueError, match="temperature=0.06, not 0.1"):
-        train(replace(TINY, temperature=.1), tmp_path, props, "cpu", workers=0)
+        train_encoder(replace(TINY, temperature=.1), tmp_path, props, "cpu", workers=0)
 
 
 def test_loss_that_is_not_finite_stops_before_the_weights(props):
-    model = build(TINY).train()
+    model = build_network(TINY).train()
     batch = make_batch(props, 0, 0, 32, 4, 2, 4)
     with torch.no_grad():
         next(iter(model.parameters())).fill_(float("inf"))
