@@ -204,7 +204,8 @@ def load_strict(
             shapes = f"{tuple(weights[name].shape)} in {source}, the model needs {tuple(expected[name].shape)}"
             raise ValueError(f"tensor {name} has shape {shapes}")
         if weights[name].is_floating_point() and not weights[name].isfinite().all():
-            raise ValueError(f"tensor {name} holds NaN or infinity in {source}: the file is damaged or its training diverged")
+            reason = "the file is damaged or its training diverged"
+            raise ValueError(f"tensor {name} holds NaN or infinity in {source}: {reason}")
     module.load_state_dict(weights)
     return module
 

@@ -69,7 +69,7 @@ def _to_byte_range(x: torch.Tensor) -> torch.Tensor:
 
 
 def _axis(intervals: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Of P intervals: pixels (U, longest) and matrices (U, size, longest) of the U distinct ones, and which each uses (P,)."
+    "Pixels (U, longest) and matrices (U, size, longest) of the distinct intervals, and which of them each uses (P,)."
     distinct, which = torch.unique(intervals, dim=0, return_inverse=True)
     weights = bicubic_weights(distinct[:, 1] - distinct[:, 0], size)
     pixels = distinct[:, :1] + torch.arange(weights.shape[-1], device=intervals.device)
@@ -164,7 +164,7 @@ def cut_patches(
 
 # %% ../nbs/core/03_pyramid.ipynb #c034
 def _overlap(start: torch.Tensor, end: torch.Tensor, cells: int) -> torch.Tensor:
-    "Share of each interval, given as fractions of an axis, that falls in each of its cells: (P,) -> (P, cells), rows sum to 1."
+    "Share of each interval, in fractions of an axis, that falls in each cell: (P,) -> (P, cells), rows sum to 1."
     edges = torch.linspace(0, 1, cells + 1, device=start.device, dtype=start.dtype)
     shared = torch.minimum(end[:, None], edges[1:]) - torch.maximum(start[:, None], edges[:-1])
     shared = shared.clamp(min=0)
@@ -173,9 +173,9 @@ def _overlap(start: torch.Tensor, end: torch.Tensor, cells: int) -> torch.Tensor
 
 def pool_regions(
     feature_map: torch.Tensor,  # (B, C, h, w) of whole images
-    boxes: np.ndarray | torch.Tensor,  # (P, 4), or (B, P, 4) if they differ by image: xyxy, fractions of width and height
+    boxes: np.ndarray | torch.Tensor,  # (P, 4), or (B, P, 4) per image: xyxy as fractions of width and height
 ) -> torch.Tensor:  # (B, P, C) float32, unit rows
-    "Average a feature map over each region, cells weighted by shared area: (B, C, h, w), (P, 4) -> (B, P, C) unit rows."
+    "Average a feature map over regions, cells weighted by shared area: (B, C, h, w), (P, 4) -> (B, P, C) unit rows."
     feature_map = feature_map.float()
     B, C, h, w = feature_map.shape
     boxes = torch.as_tensor(boxes, dtype=torch.float32, device=feature_map.device)
