@@ -23,7 +23,8 @@ from .boxes import Regions, iou
 from .encoder import Encoder
 from .metrics import average_precisions, location_overlaps, locscores, summarize
 from .search import ExactIndex, ImageIndex, SearchResult
-from .store import Store, extract
+from .extraction import extract
+from .store import Store
 
 # %% ../nbs/core/08_evaluate.ipynb #c006
 @dataclass(frozen=True)
