@@ -203,7 +203,7 @@ def _check_settings(out: Path, found: dict, settings: dict) -> None:
 
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
-    "Hold a folder's lock file. Raises ValueError that names the process holding it. The system frees the lock of a killed one."
+    "Hold a folder's lock file, which the system frees if the process dies. Raises ValueError naming another holder."
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
@@ -222,6 +222,10 @@ def _only_writer(out: Path) -> Iterator[None]:
         file.flush()
         yield
         path.unlink(missing_ok=True)
+
+
+_OWN_FILES = re.compile(
+    r"descriptors-\d+\.npy|patches-\d+\.parquet|(shards|failures)\.csv|manifest\.json|\.lock|\..*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -300,9 +304,8 @@ class Extraction:
 
     def _check_foreign_files(self) -> None:
         "Raise ValueError if a folder without a readable manifest holds anything but shards of this store."
-        own = re.compile(r"descriptors-\d+\.npy|patches-\d+\.parquet|(shards|failures)\.csv|manifest\.json|\.lock|\..*\.tmp")
         names = [entry.name for entry in os.scandir(self.out)]
-        if not all(own.fullmatch(name) for name in names):
+        if not all(_OWN_FILES.fullmatch(name) for name in names):
             raise ValueError(f"{self.out} is not empty and holds no store: choose another folder")
         for name in names:
             if name.startswith("patches-"):
@@ -401,8 +404,10 @@ class Extraction:
             shards.append((images, about["bytes"], about["descriptors"], len(content), checksum(content)))
             failures += about["failures"]
         tables = {}
-        for name, lines, columns in [("shards.csv", shards, SHARD_COLUMNS), ("failures.csv", failures, FAILURE_COLUMNS)]:
-            text = pd.DataFrame(lines, columns=columns).to_csv(index=False).encode()
+        contents = {"shards.csv": pd.DataFrame(shards, columns=SHARD_COLUMNS),
+                    "failures.csv": pd.DataFrame(failures, columns=FAILURE_COLUMNS)}
+        for name, content in contents.items():
+            text = content.to_csv(index=False).encode()
             atomic_write(self.out / name, lambda file: file.write(text))
             tables[name] = checksum(text)
         if len(failures) == len(self.table):
