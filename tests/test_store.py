@@ -289,6 +289,22 @@ def test_pool_averages_the_feature_map(photos, tmp_path):
     assert store.descriptors()[0].shape == (3, 5, 3) and store.descriptors()[0][1, 0] @ expected > 0.9999
 
 
+def test_pool_ignores_the_padding_of_an_encoder_that_keeps_the_aspect(photos, tmp_path):
+    "A wide image of two colours: its halves are averaged without the border above and below."
+    wide = Image.new("RGB", (64, 16), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 64, 16))
+    wide.save(photos[0])
+    encoder = changed(aspect="pad", padding=(0, 255, 0))
+    store = extract(photos[:1], encoder, Regions("pool", level=1), tmp_path / "store", dtype="float32")
+    found = store.descriptors()[0][0]
+    assert store.boxes(0)[1].tolist() == [0, 0, 32, 8]
+    middle_rows = torch.tensor([[0.5, -0.5, -0.5], [-0.5, -0.5, 0.5]])
+    green = torch.tensor([-0.5, 0.5, -0.5])
+    for patch, colour in [(1, middle_rows[0]), (2, middle_rows[1])]:
+        cell = (colour + green) / 2  # a row of 4 x 4 cells is 4 pixels: 2 of the image, 2 of the border
+        assert found[patch] @ torch.nn.functional.normalize(cell, dim=0).numpy() > 0.999
+
+
 def test_images_inside_tar_files(photos, tmp_path):
     with tarfile.open(tmp_path / "part.tar", "w") as tar:
         for path in photos[:3]:
@@ -377,6 +393,14 @@ def test_memory_is_bounded_and_threads_end(photos, tmp_path, monkeypatch):
     before = threading.active_count()
     extract(photos, Colours(), Regions(level=1), tmp_path / "store", batch=5, workers=2)
     assert max(most) <= 2 * (2 + 1) + 2 and threading.active_count() == before
+
+
+def test_progress_is_reported_without_a_terminal(photos, tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("patchify.extraction.time.monotonic", lambda: next(clock))
+    extract(photos, Colours(), Regions(level=0), tmp_path / "store")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "per second" in line]
+    assert lines[0] == "2 of 23 images, 0.05 per second, about 7 minutes left" and len(lines) == 11
 
 
 def test_an_error_of_the_encoder_is_not_hidden(photos, tmp_path):
