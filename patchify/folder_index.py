@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .boxes import Regions, iou
 from .encoder import Encoder, load_encoder
 from .files import atomic_write
-from .images import IMAGE_SUFFIXES, find_images, _bytes_of as open_file, open_image
+from .images import IMAGE_SUFFIXES, find_images, _open_bytes, open_image
 from .pyramid import cut_patches
 from .search import ExactIndex, SearchResult
 from .store import Store, extract
@@ -221,7 +221,7 @@ class Changes:
 def _digest(path: str) -> str:
     "Hash of the content of an image file."
     digest = hashlib.blake2b(digest_size=16)
-    with open_file(path) as file:
+    with _open_bytes(path) as file:
         while content := file.read(2**20):
             digest.update(content)
     return digest.hexdigest()
