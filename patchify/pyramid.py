@@ -27,15 +27,31 @@ def _whole_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
     return whole.astype(np.int64)
 
 
+def _placement(width: int, height: int, size: int, keep_aspect: bool) -> tuple[int, int, int, int]:
+    "Where a crop of these sides ends up in its square patch: left, top, width, height."
+    if not keep_aspect:
+        return 0, 0, size, size
+    ratio = height / width
+    new_width = max(1, int(size / ratio)) if ratio > 1 else size
+    new_height = max(1, int(size * ratio)) if ratio <= 1 else size
+    return (size - new_width) // 2, (size - new_height) // 2, new_width, new_height
+
+
 def cut_with_pil(
     image: Image.Image,  # RGB
     boxes: np.ndarray,  # (P, 4) xyxy in pixels
     size: int,  # side of the square patches in pixels
+    padding: tuple[int, int, int] | None = None,  # RGB colour beside a crop that keeps its aspect; None: stretch it
 ) -> torch.Tensor:  # (P, 3, size, size) uint8
     "The reference: crop each box with PIL, then resize it. -> (P, 3, size, size) uint8"
-    corners = _whole_pixels(boxes, *image.size).tolist()
-    patches = [np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC)) for box in corners]
-    return torch.from_numpy(np.array(patches).reshape(-1, size, size, 3)).permute(0, 3, 1, 2)
+    whole = _whole_pixels(boxes, *image.size).tolist()
+    patches = np.empty((len(whole), size, size, 3), np.uint8)
+    patches[:] = padding or 0
+    for patch, box in zip(patches, whole):
+        crop = image.crop(box)
+        left, top, width, height = _placement(*crop.size, size, padding is not None)
+        patch[top : top + height, left : left + width] = crop.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(patches).permute(0, 3, 1, 2)
 
 # %% ../nbs/core/03_pyramid.ipynb #c015
 def _cubic(x: torch.Tensor) -> torch.Tensor:
@@ -76,9 +92,10 @@ def _axis(intervals: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tenso
     return torch.minimum(pixels, distinct[:, 1:] - 1), weights, which
 
 
-def _columns_first(width: np.ndarray | int, height: np.ndarray | int, size: int) -> np.ndarray | bool:
-    "Whether the installed PIL resizes a crop of these sides along its columns first."
-    return (height > size) & (height - size > 2 * (width - size)) & (int(PIL.__version__.split(".")[0]) >= 13)
+def _columns_first(width: np.ndarray | int, height: np.ndarray | int, new: tuple[int, int]) -> np.ndarray | bool:
+    "Whether the installed PIL resizes a crop of these sides to the new (width, height) along its columns first."
+    shrinks_more = (height > new[1]) & (height - new[1] > 2 * (width - new[0]))
+    return shrinks_more & (int(PIL.__version__.split(".")[0]) >= 13)
 
 
 def _cut_group(pixels: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
@@ -100,7 +117,7 @@ def cut_with_matrices(
     whole = _whole_pixels(boxes, *image.size)
     pixels = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1).float()
     sides = whole[:, 2:] - whole[:, :2]
-    groups = np.column_stack([np.rint(np.array(image.size) / sides), _columns_first(*sides.T, size)])
+    groups = np.column_stack([np.rint(np.array(image.size) / sides), _columns_first(*sides.T, (size, size))])
     patches = torch.empty((len(whole), size, size, 3), dtype=torch.uint8, device=device)
     for key in np.unique(groups, axis=0):
         members = np.flatnonzero((groups == key).all(1))
@@ -130,21 +147,25 @@ def cut_with_torch(
     image: Image.Image,  # RGB
     boxes: np.ndarray,  # (P, 4) xyxy in pixels
     size: int,  # side of the square patches in pixels
+    padding: tuple[int, int, int] | None = None,  # RGB colour beside a crop that keeps its aspect; None: stretch it
 ) -> torch.Tensor:  # (P, 3, size, size) uint8, stored channels last
     "Torch's 8-bit resize of crops, the fastest way on a CPU; within 2/255 of `cut_with_pil`."
     resize = partial(F.interpolate, mode="bicubic", antialias=True, align_corners=False)
     whole = _whole_pixels(boxes, *image.size).tolist()  # plain lists: indexing arrays would hold up other threads
     pixels = np.asarray(image)
     patches = np.empty((len(whole), size, size, 3), np.uint8)
+    patches[:] = padding or 0
     for width, height, members in _same_size_batches(whole):
+        left, top, new_width, new_height = _placement(width, height, size, padding is not None)
         crops = np.empty((len(members), height, width, 3), np.uint8)
         for crop, i in zip(crops, members):
             x0, y0, x1, y1 = whole[i]
             crop[:] = pixels[y0:y1, x0:x1]
         crops = torch.from_numpy(crops).permute(0, 3, 1, 2)
-        if _columns_first(width, height, size):
-            crops = resize(crops, (size, width))
-        patches[members] = resize(crops, (size, size)).permute(0, 2, 3, 1).numpy()
+        if _columns_first(width, height, (new_width, new_height)):
+            crops = resize(crops, (new_height, width))
+        resized = resize(crops, (new_height, new_width)).permute(0, 2, 3, 1).numpy()
+        patches[members, top : top + new_height, left : left + new_width] = resized
     return torch.from_numpy(patches).permute(0, 3, 1, 2)
 
 # %% ../nbs/core/03_pyramid.ipynb #c031
@@ -153,16 +174,17 @@ def cut_patches(
     boxes: np.ndarray,  # (P, 4) xyxy in pixels, of any region scheme
     size: int,  # side of the square patches in pixels
     device: torch.device | str = "cpu",  # where the patches are wanted
+    padding: tuple[int, int, int] | None = None,  # RGB colour beside a crop that keeps its aspect; None: stretch it
 ) -> torch.Tensor:  # (P, 3, size, size) uint8 on `device`
     "All patches of an image, resampled for the encoder: (P, 4) -> (P, 3, size, size) uint8."
     device = torch.device(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and padding is None:
         return cut_with_matrices(image, boxes, size, device)
     has_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     cut = cut_with_torch if has_vectors else cut_with_pil
-    return cut(image, boxes, size).to(device)
+    return cut(image, boxes, size, padding).to(device)
 
-# %% ../nbs/core/03_pyramid.ipynb #c034
+# %% ../nbs/core/03_pyramid.ipynb #c036
 def _overlap(start: torch.Tensor, end: torch.Tensor, cells: int) -> torch.Tensor:
     "Share of each interval, in fractions of an axis, that falls in each cell: (P,) -> (P, cells), rows sum to 1."
     edges = torch.linspace(0, 1, cells + 1, device=start.device, dtype=start.dtype)
