@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.rerank.ames import draw_pairs
+from patchify.rerank.ames_training import draw_pairs
 from patchify.rerank.official import DescriptorFile, load_landmarks, read_images, read_shortlists
-from patchify.rerank.locore import draw_lists
+from patchify.rerank.locore_training import draw_lists
 from patchify.rerank.shortlist import from_columns
 
 N, T, C = 9, 6, 8
