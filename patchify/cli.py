@@ -45,7 +45,8 @@ from .pyramid import cut_patches
 from .pages.report import provenance, run_reports, shell
 from .zoo.rerankers import DESCRIPTORS_PER_IMAGE, Reranker
 from .search import ExactIndex
-from .store import Store, extract
+from .extraction import extract
+from .store import Store
 
 # %% ../nbs/80_cli.ipynb #c006
 class _Commands(TyperGroup):

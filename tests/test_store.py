@@ -60,7 +60,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_store import Colours
 from patchify.boxes import Regions
-from patchify.store import extract
+from patchify.extraction import extract
 
 folder = Path({folder!r})
 def run(out):

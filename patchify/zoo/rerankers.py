@@ -39,7 +39,7 @@ from ..metrics import average_precisions
 from ..synthetic.mini import load_training_products
 from ..rerank.shortlist import Descriptors, Scorer, Tuned, fuse, move_junk_last, score_shortlist, tune
 from ..search import SearchResult
-from ..store import extract
+from ..extraction import extract
 from ..learn import TrainingPlan, train
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c006
