@@ -37,7 +37,7 @@ from .compress import CompressedIndex, IVFPQIndex, PQIndex, load_or_build_index
 from .encoder import Encoder, load_encoder
 from .evaluate import Described, describe, metrics_dict, rank
 from .pages.figures import Panel, retrieval_strip
-from .metrics import save_similarities
+from .data.ilias_files import save_similarities
 from .synthetic.mini import make_mini
 from .pyramid import cut_patches
 from .pages.report import provenance, run_reports, shell

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# %% ../nbs/core/18_files.ipynb #c006
+# %% ../nbs/core/18_files.ipynb #c009
 def atomic_write(
     path: str | Path,  # where the file will appear
     write: Callable[[BinaryIO], object],  # fills an open binary file
@@ -61,7 +61,7 @@ def _flush_folder(folder: Path) -> None:
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
-# %% ../nbs/core/18_files.ipynb #c009
+# %% ../nbs/core/18_files.ipynb #c012
 def cache_key(
     kind: str,  # what is cached, such as "store"
     version: int,  # raise it when the same settings give other bytes
@@ -74,7 +74,7 @@ def cache_key(
         raise TypeError(f"the settings of a cache key must be plain data: {error}") from None
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/core/18_files.ipynb #c013
+# %% ../nbs/core/18_files.ipynb #c016
 _NUMPY = {
     "ndarray": np.ndarray,
     "dtype": np.dtype,
@@ -105,7 +105,8 @@ class _DataUnpickler(pickle.Unpickler):
             return _NUMPY[name]
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is neither plain data, a numpy array nor a tensor")
+        what = f"it contains {module}.{name}, which is neither plain data, a numpy array nor a tensor"
+        raise pickle.UnpicklingError(what)
 
 
 _DAMAGED = (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError,
@@ -122,7 +123,7 @@ def read_pickle(
     except _DAMAGED as error:
         raise ValueError(f"cannot read {path} as plain data: {error or type(error).__name__}") from None
 
-# %% ../nbs/core/18_files.ipynb #c017
+# %% ../nbs/core/18_files.ipynb #c020
 WRAPPERS = ("state_dict", "state", "model", "model_state")
 
 
@@ -131,15 +132,28 @@ def read_checkpoint(
 ) -> object:  # what was saved
     "Everything in a torch checkpoint, as plain data and tensors. Raises ValueError naming the file."
     numpy_parts = [*_NUMPY.values(), *{type(np.dtype(code)) for code in np.typecodes["All"]}]
-    names = [(part, f"numpy.{module}.multiarray.{name}") for module in ("core", "_core") for name, part in _NUMPY.items()]
+    names = [(part, f"numpy.core.multiarray.{name}") for name, part in _NUMPY.items()]
+    names += [(part, f"numpy._core.multiarray.{name}") for name, part in _NUMPY.items()]
     try:
         with torch.serialization.safe_globals([*numpy_parts, *names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = str(error).partition("GLOBAL ")[2].split(" ")[0] or "objects that are no data"
-        raise ValueError(f"{path} contains {found}, which could run code: save its tensors with torch.save(model.state_dict(), FILE)") from None
+        remedy = "save its tensors with torch.save(model.state_dict(), FILE)"
+        raise ValueError(f"{path} contains {found}, which could run code: {remedy}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"cannot read weights from {path}: it is damaged or no checkpoint ({type(error).__name__})") from None
+        reason = f"it is damaged or no checkpoint ({type(error).__name__})"
+        raise ValueError(f"cannot read weights from {path}: {reason}") from None
+
+
+def _unwrap(content: object) -> object:
+    "The innermost dictionary of a checkpoint."
+    while isinstance(content, Mapping):
+        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    return content
 
 
 def read_weights(
@@ -154,12 +168,12 @@ def read_weights(
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"cannot read weights from {path}: it is damaged or no safetensors file ({error})") from None
-    content = read_checkpoint(path)
-    while isinstance(content, Mapping) and (inner := [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]):
-        content = inner[0]
+            reason = f"it is damaged or no safetensors file ({error})"
+            raise ValueError(f"cannot read weights from {path}: {reason}") from None
+    content = _unwrap(read_checkpoint(path))
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no weights: expected tensors by name, or such a dictionary under {', '.join(WRAPPERS)}")
+        expected = f"expected tensors by name, or such a dictionary under {', '.join(WRAPPERS)}"
+        raise ValueError(f"{path} holds no weights: {expected}")
     return {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -173,7 +187,7 @@ def read_metadata(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {path}: it is missing, damaged or no safetensors file ({error})") from None
 
-# %% ../nbs/core/18_files.ipynb #c021
+# %% ../nbs/core/18_files.ipynb #c024
 def load_strict(
     module: nn.Module,  # changed in place
     weights: Mapping[str, Tensor],  # by the module's own names; cast to its types
@@ -190,11 +204,12 @@ def load_strict(
             shapes = f"{tuple(weights[name].shape)} in {source}, the model needs {tuple(expected[name].shape)}"
             raise ValueError(f"tensor {name} has shape {shapes}")
         if weights[name].is_floating_point() and not weights[name].isfinite().all():
-            raise ValueError(f"tensor {name} holds NaN or infinity in {source}: the file is damaged or its training diverged")
+            reason = "the file is damaged or its training diverged"
+            raise ValueError(f"tensor {name} holds NaN or infinity in {source}: {reason}")
     module.load_state_dict(weights)
     return module
 
-# %% ../nbs/core/18_files.ipynb #c024
+# %% ../nbs/core/18_files.ipynb #c027
 def suggest(
     word: str,  # what was typed
     known: list[str],  # what would have been right

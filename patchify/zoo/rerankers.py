@@ -301,7 +301,7 @@ class Reranker:
         started, clean = time.perf_counter(), move_junk_last(run.result, run.described.benchmark.junk)
         logits = score_shortlist(clean, lambda query, ids: score(query, np.searchsorted(rows, ids)), min(self.top_k, clean.ranks.shape[1]))
         found = fuse(clean, logits, self.global_weight, self.gain)
-        return Reranked(run.described, found, run.patch_rows, run.bytes_per_image + size, run.seconds + time.perf_counter() - started, logits)
+        return Reranked(run.described, found, run.patch_rows, run.bytes_per_image + size, run.seconds + time.perf_counter() - started, logits, places=run.places)
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c034
 def train_rerankers(
