@@ -8,7 +8,8 @@ import pytest
 import restricted_pickle
 
 from patchify.data.ilias_files import save_similarities
-from patchify.metrics import CLUTTER_EDGES, SCALE_EDGES, average_precisions, by_category, by_group, oracle_ilias, split_positives
+from patchify.groups import CLUTTER_EDGES, SCALE_EDGES, by_category, by_group, split_positives
+from patchify.metrics import average_precisions, oracle_ilias
 
 GOLDEN = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 INFO = json.loads((GOLDEN / "ilias.json").read_text())

@@ -18,7 +18,8 @@ from patchify.data.lists import read_image_list
 from patchify.files import read_pickle
 from patchify.retrieval_set import PROTOCOLS, class_retrieval
 from patchify.scoring import Ranking, protocol_report
-from patchify.search import ExactIndex, adapt
+from patchify.refine import adapt
+from patchify.search import ExactIndex
 
 OFFICIAL = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden")) / "official"
 DATA = OFFICIAL / "data"

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from patchify.boxes import REGION_KINDS, Regions
-from patchify.store import Store, extract
+from patchify.extraction import extract
+from patchify.store import Store
 
 
 class Colours:
