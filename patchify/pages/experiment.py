@@ -115,14 +115,13 @@ def search_compressed(
     "Build a compressed index, or load it from the data folder, and search with it."
     gallery = described.gallery
     levels = described.regions.levels
-    index = load_or_build_index(settings, gallery.descriptors(), gallery.rows, levels, setup.data / "indexes", gallery.path.name)
+    index = load_or_build_index(
+        settings, gallery.descriptors(), gallery.rows, levels, setup.data / "indexes", gallery.path.name
+    )
     return index, search_with(described, index)
 
 
-def search_with(
-    described: Described,
-    index: CompressedIndex,  # trained and filled
-) -> Retrieval:
+def search_with(described: Described, index: CompressedIndex) -> Retrieval:  # trained and filled
     "Search with an index that exists already."
     return rank(described, index=lambda blocks, rows: index)
 

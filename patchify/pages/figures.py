@@ -64,7 +64,7 @@ def plot_intervals(
     label: str | None = None,  # for the legend
     color: str | tuple | None = None,  # None: the next of the theme
     line: bool = True,  # join the points
-    value: str = "mean",  # column; the ends of the interval are in "VALUE lo" and "VALUE hi", for "mean" in "lo" and "hi"
+    value: str = "mean",  # column; the interval ends are "VALUE lo" and "VALUE hi", for "mean" lo and hi
     marker: str | None = None,  # None: the next of the theme
 ) -> None:
     "Means with their 95 % intervals."

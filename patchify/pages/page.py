@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from IPython.display import HTML, display
 
+from .. import __version__
 from .figures import use_theme
 from .tables import compact
 
@@ -63,7 +64,7 @@ def provenance(
     names = ("torch", "timm", "numpy", "Pillow", "faiss-gpu", "faiss-cpu")
     installed = [name for name in names if any(importlib.metadata.distributions(name=name))]
     return {
-        "patchify": importlib.metadata.version("patchify"),
+        "patchify": __version__,
         "commit": _commit(),
         **facts,
         "python": platform.python_version(),
@@ -98,9 +99,14 @@ def project_folder(
 # %% ../../nbs/pages/72_page.ipynb #c013
 def _table_html(table: pd.DataFrame, numeric: list[bool]) -> str:
     "A table of text as HTML; numbers are aligned to the right, text to the left."
+
     def row(tag: str, cells: list) -> str:
         marks = [" class=n" if number else "" for number in numeric]
-        return "<tr>" + "".join(f"<{tag}{mark}>{html.escape(str(cell))}</{tag}>" for mark, cell in zip(marks, cells)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{mark}>{html.escape(str(cell))}</{tag}>" for mark, cell in zip(marks, cells))
+            + "</tr>"
+        )
 
     body = "".join(row("td", cells) for cells in table.to_numpy().tolist())
     return f"<table><thead>{row('th', table.columns.tolist())}</thead><tbody>{body}</tbody></table>"
@@ -127,8 +133,10 @@ def _ending(checks: list[str], facts: dict) -> str:
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         rows += f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
     claims = "".join(f"<li>{html.escape(claim)}</li>" for claim in checks)
-    return ("<details class=provenance><summary>What was checked, and how the page was made</summary>"
-            f"<ul class=checks>{claims}</ul><table>{rows}</table></details>")
+    return (
+        "<details class=provenance><summary>What was checked, and how the page was made</summary>"
+        f"<ul class=checks>{claims}</ul><table>{rows}</table></details>"
+    )
 
 
 def _finding(line: str, paper: str, cause: str) -> str:
@@ -144,6 +152,7 @@ def _finding(line: str, paper: str, cause: str) -> str:
 @dataclass
 class Page:
     "One experiment's output: tables, figures, checks, and the facts for the index."
+
     name: str  # file stem of the page
     out: str | Path  # folder of the run; empty: reports/scratch of the project
     parameters: dict  # as the notebook received them
@@ -180,8 +189,12 @@ class Page:
         source = table if shown is None else shown
         numeric = [pd.api.types.is_numeric_dtype(source[column]) and source[column].dtype != bool for column in view]
         label = html.escape(caption or name)
-        display(HTML(f"<details class=table><summary>Table: {label}</summary>{_table_html(view, numeric)}"
-                     f'<p><a href="{file}">{file}</a></p></details>'))
+        display(
+            HTML(
+                f"<details class=table><summary>Table: {label}</summary>{_table_html(view, numeric)}"
+                f'<p><a href="{file}">{file}</a></p></details>'
+            )
+        )
 
     def figure(
         self,
@@ -222,7 +235,14 @@ class Page:
         "Close the page: its finding, what the paper says, its checks, its provenance."
         self.line = line
         facts = provenance(parameters=self.parameters, **self.facts, seconds=round(time.time() - self.started, 1))
-        about = {"name": self.name, "line": line, "paper": paper, "cause": cause, "checks": self.checks, "provenance": facts}
+        about = {
+            "name": self.name,
+            "line": line,
+            "paper": paper,
+            "cause": cause,
+            "checks": self.checks,
+            "provenance": facts,
+        }
         (self.out / f"{self.name}.json").write_text(json.dumps(about, indent=1))
         display(HTML(_finding(line, paper, cause)))
         display(HTML(_ending(self.checks, facts)))

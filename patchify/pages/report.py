@@ -49,10 +49,19 @@ def _check_parameters(notebook: Path, parameters: dict) -> None:
 
 # %% ../../nbs/pages/74_report.ipynb #c012
 LIBRARY = {
-    "levels": "core/03_pyramid", "gallery": "core/08_evaluate", "locscore": "core/07_metrics", "groups": "core/07_metrics",
-    "regions": "core/00_boxes", "reranking": "zoo/57_rerankers", "compression": "core/09_compress",
-    "training_level": "core/09_compress", "budget": "core/09_compress", "scale": "core/09_compress",
-    "token": "descriptors/41_token", "asymmetric": "descriptors/42_raml", "mini_encoder": "zoo/55_encoder",
+    "levels": "core/03_pyramid",
+    "gallery": "core/08_evaluate",
+    "locscore": "core/07_metrics",
+    "groups": "core/07_metrics",
+    "regions": "core/00_boxes",
+    "reranking": "zoo/57_rerankers",
+    "compression": "core/09_compress",
+    "training_level": "core/09_compress",
+    "budget": "core/09_compress",
+    "scale": "core/09_compress",
+    "token": "descriptors/41_token",
+    "asymmetric": "descriptors/42_raml",
+    "mini_encoder": "zoo/55_encoder",
 }  # experiment -> the library notebook that explains its idea
 
 
@@ -77,8 +86,15 @@ def _execute(notebook: Path, side: Path, out: Path, parameters: dict, cwd: str |
     there = os.path.relpath(out, cwd)
     try:
         done = papermill.execute_notebook(
-            str(notebook), str(side / "raw.ipynb"), {**parameters, "out": at}, cwd=str(cwd), kernel_name="python3",
-            progress_bar=False, stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])
+            str(notebook),
+            str(side / "raw.ipynb"),
+            {**parameters, "out": at},
+            cwd=str(cwd),
+            kernel_name="python3",
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            extra_arguments=["--log-level=CRITICAL"],
+        )
     except KeyboardInterrupt:
         logging.getLogger("asyncio").disabled = True  # its tasks complain that their kernel is gone
         raise
@@ -110,7 +126,7 @@ def run_experiment(
     parameters: dict,  # values for its parameters cell; the name `out` is filled in here
     cwd: str | Path = ".",  # where the notebook runs, usually the project's root
 ) -> Path:  # the page
-    "Execute a parameterised notebook and put its page in place. A cell's ValueError is raised as one, any other error as ExperimentFailed."
+    "Execute a parameterised notebook and put its page in place. A ValueError is passed on; others: ExperimentFailed."
     notebook = Path(notebook)
     out = Path(out)
     _check_parameters(notebook, parameters)

@@ -17,10 +17,13 @@ from .tables import with_interval
 
 # %% ../../nbs/pages/73_site.ipynb #c006
 STYLE = """
-:root{color-scheme:light dark;--ink:#1f2328;--soft:#59636e;--line:#d8dee4;--accent:#0b5f94;--back:#fff;--panel:#f4f6f8;--good:#00734f}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a3abb4;--line:#3a414a;--accent:#7cc0f0;--back:#14171b;--panel:#1e2329;--good:#4fd0a5}}
+:root{color-scheme:light dark;--ink:#1f2328;--soft:#59636e;--line:#d8dee4;--accent:#0b5f94;--back:#fff;
+--panel:#f4f6f8;--good:#00734f}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a3abb4;--line:#3a414a;--accent:#7cc0f0;
+--back:#14171b;--panel:#1e2329;--good:#4fd0a5}}
 *{box-sizing:border-box}
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--back);max-width:66rem;margin:0 auto;padding:1.2rem}
+body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--back);
+max-width:66rem;margin:0 auto;padding:1.2rem}
 h1{font-size:1.75rem;line-height:1.25;margin:.8rem 0 .4rem}
 h2{font-size:1.25rem;line-height:1.3;margin:2.2rem 0 .5rem;border-bottom:1px solid var(--line);padding-bottom:.2rem}
 h3{font-size:1.05rem;margin:1.4rem 0 .4rem}
@@ -28,7 +31,8 @@ a{color:var(--accent)}
 :focus-visible{outline:3px solid var(--accent);outline-offset:2px;border-radius:3px}
 nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;font-size:.9rem;color:var(--soft)}
 blockquote{margin:0 0 1rem;color:var(--soft);font-size:1.05rem}blockquote p{margin:0}
-.finding{border-left:4px solid var(--accent);background:var(--panel);border-radius:0 8px 8px 0;padding:.6rem 1rem;margin:1rem 0}
+.finding{border-left:4px solid var(--accent);background:var(--panel);border-radius:0 8px 8px 0;padding:.6rem 1rem;
+margin:1rem 0}
 .finding p{margin:.35rem 0}.finding .result{font-size:1.15rem;font-weight:600;line-height:1.4}
 .banner{color:var(--soft);font-size:.9rem;margin:.5rem 0 1.2rem}
 .warning{background:#a3201a;color:#fff;font-size:1.4rem;font-weight:700;padding:1rem;border-radius:8px}
@@ -39,17 +43,21 @@ details[open]>summary{margin-bottom:.4rem}.table,.provenance{overflow-x:auto}
 table{border-collapse:collapse;font-size:.86rem;margin:.4rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{border-bottom:2px solid var(--soft)}td.n,th.n{text-align:right;white-space:nowrap}
-pre{font:13px/1.45 ui-monospace,monospace;overflow-x:auto;margin:0}.code pre{background:var(--panel);padding:.7rem .9rem;border-radius:6px;margin:.3rem 0}
+pre{font:13px/1.45 ui-monospace,monospace;overflow-x:auto;margin:0}.code pre{background:var(--panel);
+padding:.7rem .9rem;border-radius:6px;margin:.3rem 0}
 .code>summary{font-size:.8rem}.anchor-link{display:none}
 .provenance{margin-top:2.5rem}.provenance td,.provenance th{font-size:.8rem;color:var(--soft);word-break:break-word}
 .checks{font-size:.9rem}.checks li::marker{content:"✓ ";color:var(--good)}
 .pages{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(19rem,100%),1fr));gap:1rem}
-.page{border:1px solid var(--line);border-radius:8px;padding:.8rem;color:inherit;text-decoration:none;background:var(--panel);display:block}
-.page:hover{border-color:var(--accent)}.page b{color:var(--accent);line-height:1.3;display:block}.page p{margin:.4rem 0 0;font-size:.9rem}
+.page{border:1px solid var(--line);border-radius:8px;padding:.8rem;color:inherit;text-decoration:none;
+background:var(--panel);display:block}
+.page:hover{border-color:var(--accent)}.page b{color:var(--accent);line-height:1.3;display:block}
+.page p{margin:.4rem 0 0;font-size:.9rem}
 .page img{height:10rem;width:100%;object-fit:contain;background:#fff;border-radius:5px;margin-bottom:.5rem}
 .k,.kn,.ow,.kc{color:#8250df}.s1,.s2,.sa,.si{color:var(--good)}.c1{color:var(--soft)}
 @media (max-width:480px){body{padding:.8rem}h1{font-size:1.4rem}.finding .result{font-size:1.05rem}}
-@media print{body{max-width:none;background:#fff;color:#000}nav,.code{display:none}figure,.finding{break-inside:avoid}}
+@media print{body{max-width:none;background:#fff;color:#000}nav,.code{display:none}
+figure,.finding{break-inside:avoid}}
 """
 
 
@@ -59,9 +67,10 @@ def shell(
     home: str = "",  # link back to the index; "" on the index itself
 ) -> str:
     "A complete HTML page around a body: no script, no network."
-    links = f'<a href="{html.escape(home, quote=True)}">all reports</a>' if home else ""
-    return ('<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style>{f'<nav>{links}</nav>' if links else ''}<main>{body}</main></html>\n")
+    links = f'<nav><a href="{html.escape(home, quote=True)}">all reports</a></nav>' if home else ""
+    viewport = '<meta name=viewport content="width=device-width,initial-scale=1">'
+    head = f"<meta charset=utf-8>{viewport}<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en>{head}{links}<main>{body}</main></html>\n"
 
 # %% ../../nbs/pages/73_site.ipynb #c009
 def _code_html(sources: list[str]) -> str:
@@ -73,7 +82,11 @@ def _code_html(sources: list[str]) -> str:
     blocks = [highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)) for source in sources if source.strip()]
     if not blocks:
         return ""
-    return "<details class=code><summary>Code</summary>" + "".join(f"<pre>{block}</pre>" for block in blocks) + "</details>"
+    return (
+        "<details class=code><summary>Code</summary>"
+        + "".join(f"<pre>{block}</pre>" for block in blocks)
+        + "</details>"
+    )
 
 
 def _output_html(output: dict) -> str:
@@ -119,7 +132,7 @@ def _finding_first(body: str) -> str:
         body = re.sub(pattern, "", body, flags=re.S)
         moved += found
     head = re.match(r"\s*(?:<h1.*?</h1>\s*)?(?:<blockquote>.*?</blockquote>)?", body, re.S)[0]
-    return head + "".join(moved) + body[len(head):]
+    return head + "".join(moved) + body[len(head) :]
 
 
 def to_html(
@@ -127,9 +140,13 @@ def to_html(
     links: dict[str, str] | None = None,  # more links of the navigation bar: label -> address
 ) -> str:
     "An executed notebook as a page."
-    heading = re.search(r"^# (.*)$", "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"), re.M)
+    heading = re.search(
+        r"^# (.*)$", "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"), re.M
+    )
     page = shell(heading[1] if heading else "report", _finding_first(_body(notebook.cells)), "../index.html")
-    more = "".join(f'<a href="{html.escape(url, quote=True)}">{html.escape(label)}</a>' for label, url in (links or {}).items())
+    more = "".join(
+        f'<a href="{html.escape(url, quote=True)}">{html.escape(label)}</a>' for label, url in (links or {}).items()
+    )
     return page.replace("</nav>", f"{more}</nav>", 1)
 
 # %% ../../nbs/pages/73_site.ipynb #c012
@@ -169,13 +186,18 @@ def _card(run: Path, page: dict) -> str:
     shown = re.search('<figure><img src="([^"]+)"', (run / f"{page['name']}.html").read_text())
     picture = f'<img src="{html.escape(run.name, quote=True)}/{shown[1]}" alt="" loading=lazy>' if shown else ""
     line = page["line"][:1].upper() + page["line"][1:]
-    return f'<a class=page href="{link}.html">{picture}<b>{html.escape(page["title"])}</b><p>{html.escape(line)}.</p></a>'
+    return (
+        "<a class=page"
+        f' href="{link}.html">{picture}<b>{html.escape(page["title"])}</b><p>{html.escape(line)}.</p></a>'
+    )
 
 
 def _run_html(run: Path, pages: list[dict]) -> str:
     "The cards of a run in groups."
     facts = pages[0]["provenance"]
-    about = " · ".join(html.escape(str(facts[key])) for key in ("data", "encoder", "weights", "device") if key in facts)
+    about = " · ".join(
+        html.escape(str(facts[key])) for key in ("data", "encoder", "weights", "device") if key in facts
+    )
     parts = [f"<section class=run><h2>{html.escape(run.name)}</h2><p class=banner>{about}</p>"]
     known = {name: group for group, names in GROUPS.items() for name in names}
     for group in [*GROUPS, "Other pages"]:
@@ -190,7 +212,10 @@ def _link_neighbours(run: Path, pages: list[dict]) -> None:
     for i, page in enumerate(pages):
         around = [("previous", pages[i - 1])] if i else []
         around += [("next", pages[i + 1])] if i + 1 < len(pages) else []
-        links = [f'<a href="{html.escape(to["name"], quote=True)}.html">{label}: {html.escape(to["title"])}</a>' for label, to in around]
+        links = [
+            f'<a href="{html.escape(to["name"], quote=True)}.html">{label}: {html.escape(to["title"])}</a>'
+            for label, to in around
+        ]
         file = run / f"{page['name']}.html"
         before = file.read_text(encoding="utf-8")
         bare = re.sub("<!--around-->.*?<!--/around-->", "", before, count=1, flags=re.S)
@@ -208,7 +233,15 @@ def compare_runs(
         table = pd.read_csv(file)
         for (backbone, level), part in table.groupby(["backbone", "level"], sort=False):
             values = {row["metric"]: with_interval(row) for row in part.to_dict("records")}
-            rows.append({"run": file.parent.name, "backbone": backbone, "level": level, "patches": part["patches"].iloc[0], **values})
+            rows.append(
+                {
+                    "run": file.parent.name,
+                    "backbone": backbone,
+                    "level": level,
+                    "patches": part["patches"].iloc[0],
+                    **values,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -222,9 +255,7 @@ def _comparison_html(reports: Path) -> str:
     return f"<h2>All runs</h2><div class=table>{text}</div>"
 
 
-def build_index(
-    reports: str | Path,  # the folder that holds one folder per run
-) -> Path:  # reports/index.html
+def build_index(reports: str | Path) -> Path:  # the folder that holds one folder per run  # reports/index.html
     "Link all pages of all runs, each with its finding."
     reports = Path(reports)
     sections = []
@@ -233,8 +264,12 @@ def build_index(
         if pages:
             _link_neighbours(run, pages)
             sections.append(_run_html(run, pages))
-    intro = ("<h1>patchify reports</h1><p>Every page is a notebook that was run. Its tables are csv files and its figures "
-             "SVG or PNG files beside it.</p>")
+    intro = (
+        "<h1>patchify reports</h1><p>Every page is a notebook that was run. Its tables are csv files and its figures "
+        "SVG or PNG files beside it.</p>"
+    )
     index = reports / "index.html"
-    index.write_text(shell("patchify reports", intro + _comparison_html(reports) + "".join(sections)), encoding="utf-8")
+    index.write_text(
+        shell("patchify reports", intro + _comparison_html(reports) + "".join(sections)), encoding="utf-8"
+    )
     return index

@@ -46,9 +46,7 @@ def verdict(
 
 # %% ../../nbs/pages/71_tables.ipynb #c014
 def format_number(
-    value: float,
-    digits: int = 1,  # after the point
-    signed: bool = False,  # with a plus or minus
+    value: float, digits: int = 1, signed: bool = False  # after the point  # with a plus or minus
 ) -> str:
     "A number with a fixed number of digits and thousands separators, never minus zero."
     rounded = round(float(value), digits) + 0.0
@@ -65,7 +63,10 @@ def with_interval(
     low, high = ("lo", "hi") if value == "mean" else (f"{value} lo", f"{value} hi")
     if np.isnan(row[value]):
         return "not run"
-    return f"{format_number(row[value], digits, signed)} [{format_number(row[low], digits)}, {format_number(row[high], digits)}]"
+    return (
+        f"{format_number(row[value], digits, signed)} [{format_number(row[low], digits)},"
+        f" {format_number(row[high], digits)}]"
+    )
 
 # %% ../../nbs/pages/71_tables.ipynb #c017
 def format_p(
@@ -131,7 +132,9 @@ def published(
     core = len(benchmark.queries) == 1232 and len(benchmark.gallery) in (4715, 4885)
     if not core:
         return float("nan")
-    return published_value("Patchify", dataset="ilias", backbone=backbone, setting=setting, metric=metric, source=source)
+    return published_value(
+        "Patchify", dataset="ilias", backbone=backbone, setting=setting, metric=metric, source=source
+    )
 
 
 def published_value(
