@@ -7,7 +7,7 @@ import restricted_pickle
 
 from patchify.data.registry import load
 from patchify.boxes import Regions
-from patchify.compress import IVFPQIndex
+from patchify.ivf import IVFPQIndex
 from patchify.encoder import load_encoder
 from patchify.evaluate import describe, metrics_dict, rank
 from patchify.metrics import average_precisions, save_similarities

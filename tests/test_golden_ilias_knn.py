@@ -9,7 +9,8 @@ import pytest
 import restricted_pickle
 
 from patchify.metrics import save_similarities
-from patchify.search import ExactIndex, adapt, expand_queries
+from patchify.refine import adapt, expand_queries
+from patchify.search import ExactIndex
 
 GOLDEN = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 INFO = json.loads((GOLDEN / "ilias_knn.json").read_text())

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from patchify.descriptors.raml import Student
+from patchify.descriptors.students import Student
 from patchify.encoder import Encoder, load_encoder
-from patchify.descriptors.token import POOLINGS
+from patchify.descriptors.pooling import POOLINGS
 from patchify.zoo.heads import CropSource, HEADS, TERMS, TrainingContext, cache_key, query_sizes, train_or_load, train_or_load_head, train_or_load_student
 
 ROOT = Path(__file__).parent.parent

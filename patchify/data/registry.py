@@ -24,7 +24,7 @@ LOADERS = {
     "cars": "data.classes:load_cars",
     "sop": "data.classes:load_sop",
     "inshop": "data.classes:load_inshop",
-    "gldv2": "data.classes:load_gldv2",
+    "gldv2": "data.landmarks:load_gldv2",
     "mini": "synthetic.mini:load_mini",
     "tiny": "synthetic.mini:load_tiny",
 }

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from ..boxes import Regions
-from ..compress import CompressedIndex, load_or_build_index
+from ..compress import CompressedIndex
 from ..data.registry import load
 from ..encoder import Encoder, load_encoder
 from ..evaluate import Described, Retrieval, describe, rank
+from ..indexfiles import load_or_build_index
 from .page import Page, project_folder
 from .tables import difference_columns, mean_columns, with_interval
 from ..retrieval_set import RetrievalSet
@@ -64,7 +65,7 @@ def search_levels(
     return {level: rank(described, level) for level in range(described.regions.levels.max() + 1)}
 
 # %% ../../nbs/pages/75_experiment.ipynb #c011
-METRICS = {"ap": "mAP@1000", "locscore_iou": "LocScore iou", "locscore_hit": "LocScore hit"}
+METRICS = {"ap": "mAP", "locscore_iou": "LocScore iou", "locscore_hit": "LocScore hit"}
 
 
 def per_query(

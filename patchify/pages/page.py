@@ -119,6 +119,9 @@ def _banner(benchmark: object, encoder: object) -> str:
         ("Data", f"{benchmark.name}, {len(benchmark.queries):,} queries, {len(benchmark.gallery):,} gallery images"),
         ("Encoder", f"{encoder.name}, {encoder.size} px, {encoder.dim} dimensions, {weights} weights"),
     ]
+    protocol = getattr(benchmark, "protocol", None)
+    if protocol is not None:
+        facts.append(("mAP", f"{protocol.score} by the protocol {protocol.name}"))
     if benchmark.name in ("mini", "tiny"):
         facts.append(("Caveat", "synthetic images; the numbers say nothing about photographs"))
     line = " · ".join(f"<b>{label}</b> {html.escape(text)}" for label, text in facts)

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from ..evaluate import Retrieval, rank
-from ..metrics import average_precisions
 from .experiment import Setup, metric_columns, per_query
 from .tables import difference_columns, mean_columns, published_value
-from ..rerank.locore import rerank_windows
+from ..rerank.windows import rerank_windows
 from ..rerank.shortlist import Descriptors, fuse, move_junk_last, score_shortlist
+from ..scoring import Ranking
 from ..search import SearchResult
 from patchify.zoo.rerankers import (
     DESCRIPTORS_PER_IMAGE,
@@ -31,7 +31,6 @@ from patchify.zoo.rerankers import (
     QUERY_REGIONS,
     Reranker,
     descriptors_of,
-    keep_top,
     local_descriptors,
     make_reranking_task,
     reranker_file,
@@ -152,7 +151,7 @@ class ShortlistStudy:
             *(array[:, start:stop] for array in (self.by_row.scores, self.by_row.ranks, self.by_row.patch_ids))
         )
         queries, gallery = self.descriptors
-        scorer = reranker_scorer(self.rerankers[kind].model, keep_top(queries, n_query), keep_top(gallery, n_gallery))
+        scorer = reranker_scorer(self.rerankers[kind].model, queries.top(n_query), gallery.top(n_gallery))
         return score_shortlist(part, scorer, stop - start)
 
     def ap(self, kind: str, logits: np.ndarray, global_weight: float | None = None) -> np.ndarray:  # (Q,) percent
@@ -162,15 +161,12 @@ class ShortlistStudy:
         return self.ap_of(fuse(self.stage.result, logits, weight, reranker.gain))
 
     def ap_of(self, result: SearchResult) -> np.ndarray:  # (Q,) percent
-        "AP of every query of a result over gallery rows."
-        benchmark = self.stage.described.benchmark
-        return 100 * average_precisions(
-            result.ranks, benchmark.positives, benchmark.junk, 1000, "ilias", result.scores
-        )
+        "AP of every query of a result over gallery rows, by the data set's protocol."
+        return 100 * Ranking(self.stage.described.benchmark, result).average_precisions()
 
     def stored_bytes(self, kind: str, n_gallery: int) -> int:
         "Bytes that so many descriptors take per gallery image."
-        return round(self.rerankers[kind].stored_bytes(keep_top(self.descriptors[1], n_gallery)))
+        return round(self.rerankers[kind].stored_bytes(self.descriptors[1].top(n_gallery)))
 
 # %% ../../nbs/pages/76_reranking.ipynb #c016
 def memory_rows(
@@ -190,12 +186,12 @@ def memory_rows(
                 logits = runs[kind].logits if everything else study.logits(kind, n_query, n_gallery, 0, depth)
                 row = {"model": NAMES[kind], "query descriptors": n_query, "gallery descriptors": n_gallery}
                 row["bytes per image"] = study.stored_bytes(kind, n_gallery)
-                rows.append(row | mean_columns("mAP@1000", study.ap(kind, logits), seed))
+                rows.append(row | mean_columns("mAP", study.ap(kind, logits), seed))
     for kind in [kind for kind in runs if kind.endswith("patches")]:
         kept = min(DESCRIPTORS_PER_IMAGE[kind], study.stage.patches)
         row = {"model": NAMES[kind], "query descriptors": QUERY_REGIONS.count, "gallery descriptors": kept}
         row["bytes per image"] = round(runs[kind].bytes_per_image - study.stage.bytes_per_image)
-        rows.append(row | mean_columns("mAP@1000", study.ap(kind, runs[kind].logits), seed))
+        rows.append(row | mean_columns("mAP", study.ap(kind, runs[kind].logits), seed))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/pages/76_reranking.ipynb #c019
@@ -241,7 +237,7 @@ def window_rows(
             result = replace(moved, ranks=study.stage.described.gallery.rows[moved.ranks])
         ap = study.ap_of(result)
         images = min(reranker.top_k, study.images) if name == "one window" else depth
-        row = {"order of windows": name, "images": images, **mean_columns("mAP@1000", ap, seed)}
+        row = {"order of windows": name, "images": images, **mean_columns("mAP", ap, seed)}
         rows.append(row | difference_columns(ap, base, seed))
     return pd.DataFrame(rows)
 

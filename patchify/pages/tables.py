@@ -12,7 +12,7 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
-from ..metrics import paired_bootstrap, summarize
+from ..statistics import paired_bootstrap, summarize
 
 # %% ../../nbs/pages/71_tables.ipynb #c006
 def mean_columns(

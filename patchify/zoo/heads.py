@@ -26,14 +26,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..descriptors.raml import Student, distillation_loss, draw_views, render_views, triplet_step
+from ..descriptors.raml import distillation_loss
+from ..descriptors.students import Student
+from ..descriptors.triplets import triplet_step
+from ..descriptors.views import draw_views, render_views
 from ..data.registry import load
 from ..retrieval_set import RetrievalSet
 from ..data.classes import LabelledSet
 from ..encoder import Encoder, load_encoder, weights_of
 from ..descriptors.heads import labelled_crops, open_crop, train_head, view_maps
 from ..synthetic.mini import load_training_products
-from ..descriptors.token import POOLINGS, PoolHead, TokenHead
+from ..descriptors.pooling import POOLINGS, PoolHead
+from ..descriptors.token import TokenHead
 from ..learn import TrainingPlan, train
 
 # %% ../../nbs/zoo/56_heads.ipynb #c006

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCAL_DESCRIPTORS', 'GALLERY_REGIONS', 'QUERY_REGIONS', 'DESCRIPTORS_PER_IMAGE', 'LIST_LENGTH', 'local_descriptors',
-           'patch_descriptors', 'descriptors_of', 'keep_top', 'RerankingTask', 'make_reranking_task', 'train_ames',
-           'train_locore', 'reranker_scorer', 'tune_reranker', 'reranker_file', 'save_reranker', 'Reranked', 'Reranker',
+           'patch_descriptors', 'descriptors_of', 'RerankingTask', 'make_reranking_task', 'train_ames', 'train_locore',
+           'reranker_scorer', 'tune_reranker', 'reranker_file', 'save_reranker', 'Reranked', 'Reranker',
            'train_rerankers', 'main']
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c003
@@ -25,13 +25,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..rerank.ames import AMES, AmesScorer, ames_loss, binary_student, draw_pairs, itq, keep_strongest, load_ames, pack, start_as_matcher
+from ..rerank.ames import AMES, AmesScorer, load_ames, pack
+from ..rerank.ames_training import ames_loss, binary_student, draw_pairs, itq
 from ..files import suggest
 from ..boxes import Regions
 from ..encoder import Encoder, best_dtype, load_encoder, weights_of
 from ..evaluate import Described, Retrieval, describe, rank
 from ..rerank.local import local_sets
-from ..rerank.locore import LOCORE, LocoreScorer, draw_lists, load_locore, locore_loss, start_from_matching
+from ..rerank.locore import LOCORE, LocoreScorer, load_locore
+from ..rerank.locore_training import draw_lists, locore_loss
+from ..rerank.matching import start_as_matcher, start_from_matching
 from ..metrics import average_precisions
 from ..synthetic.mini import load_training_products
 from ..rerank.shortlist import Descriptors, Scorer, Tuned, fuse, move_junk_last, score_shortlist, tune
@@ -93,14 +96,7 @@ def descriptors_of(
     if kind == "locore_patches" and not whole or kind == "ames_patches" and scheme == "pool":
         raise ValueError(f"{kind} cannot read the {run.patches} {scheme} patches of this search: LOCORE needs a pyramid of level {GALLERY_REGIONS.level}, AMES any patches that were encoded one by one")
     sides = patch_descriptors(run, encoder, data) if kind.endswith("patches") else local_descriptors(run.described, encoder, data)
-    return tuple(keep_top(side, DESCRIPTORS_PER_IMAGE[kind]) for side in sides)
-
-def keep_top(
-    side: Descriptors,  # in blocks
-    count: int,  # kept of each image: the strongest local descriptors, the largest patches
-) -> Descriptors:
-    "The first descriptors of each image."
-    return Descriptors([block[:, :count] for block in side.values], scales=side.scales if side.scales is None else side.scales[:, :count])
+    return tuple(side.top(DESCRIPTORS_PER_IMAGE[kind]) for side in sides)
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c015
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ def train_ames(
     def loss(_, draw):
         query, image, label = draw_pairs(pool, shelf.instance, draw, counts=(10, pool.count), negatives=negatives, anchors=anchors)
         with torch.autocast(model.mtc_token.device.type, torch.bfloat16):
-            return ames_loss(model.train(), keep_strongest(query, shelf.queries.count), image, label, teacher)
+            return ames_loss(model.train(), query.top(shelf.queries.count), image, label, teacher)
 
     losses = train(model, loss, TrainingPlan(steps, 1e-3 if teacher is None else 5e-4, steps // 8, seed=seed), checkpoint)
     return model.eval(), losses
@@ -301,7 +297,7 @@ class Reranker:
         started, clean = time.perf_counter(), move_junk_last(run.result, run.described.benchmark.junk)
         logits = score_shortlist(clean, lambda query, ids: score(query, np.searchsorted(rows, ids)), min(self.top_k, clean.ranks.shape[1]))
         found = fuse(clean, logits, self.global_weight, self.gain)
-        return Reranked(run.described, found, run.patch_rows, run.bytes_per_image + size, run.seconds + time.perf_counter() - started, logits)
+        return Reranked(run.described, found, run.patch_rows, run.bytes_per_image + size, run.seconds + time.perf_counter() - started, logits, places=run.places)
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c034
 def train_rerankers(
