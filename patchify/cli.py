@@ -42,7 +42,9 @@ from .pages.figures import Panel, retrieval_strip
 from .data.ilias_files import save_similarities
 from .synthetic.mini import make_mini
 from .pyramid import cut_patches
-from .pages.report import provenance, run_reports, shell
+from .pages.page import provenance
+from .pages.report import run_reports
+from .pages.site import shell
 from .zoo.rerankers import DESCRIPTORS_PER_IMAGE, Reranker
 from .search import ExactIndex
 from .extraction import extract
