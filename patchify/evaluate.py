@@ -22,6 +22,7 @@ from .retrieval_set import RetrievalSet
 from .boxes import Regions, iou
 from .encoder import Encoder
 from .metrics import average_precisions, location_overlaps, locscores, summarize
+from .refine import rescore as rescored
 from .search import ExactIndex, ImageIndex, SearchResult
 from .store import Store, extract
 
@@ -120,6 +121,7 @@ def rank(
     level: int | None = None,  # search levels 0..level only; None: everything extracted
     only: int | None = None,  # search just the grid of this level
     index: Callable[[list[np.ndarray], np.ndarray], ImageIndex] = ExactIndex,  # (blocks, gallery rows) -> index
+    rescore: int = 0,  # images per query whose exact descriptors are read to order them again
 ) -> Retrieval:
     "Rank the gallery for every query: a `Described` -> a `Retrieval`, by exact search or with the index that `index` builds."
     levels, asked = described.regions.levels, level if only is None else only
@@ -132,6 +134,8 @@ def rank(
     built = index(blocks, described.gallery.rows)
     started = time.perf_counter()
     result = built.search(described.queries, None if len(built) <= LARGE else DEPTH)
+    if rescore:
+        result = rescored(result, described.queries, blocks, described.gallery.rows, rescore)
     seconds = time.perf_counter() - started
     size = getattr(built, "bytes_per_image", len(patch_rows) * blocks[0].shape[2] * blocks[0].itemsize)
     return Retrieval(described, result, patch_rows, size, seconds)
