@@ -1,4 +1,4 @@
-"""Coupled views, distillation terms, triplets, evaluation by class and the training loop around them."""
+"""Coupled views, distillation terms, triplets, students and the training loop around them."""
 import copy
 from dataclasses import replace
 
@@ -11,11 +11,15 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
-from patchify.descriptors.raml import CoupledViews, PRESETS, Preset, Student, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views, evaluate_classes, mix_views, one_view_each, query_cost, relational_loss, render_views, sample_negatives, triplet_loss, triplet_step
+from patchify.descriptors.raml import PRESETS, Preset, absolute_loss, distillation_loss, distillation_step, relational_loss
+from patchify.descriptors.students import Student, compare_students, query_cost
+from patchify.descriptors.triplets import batch_positives, sample_negatives, triplet_loss, triplet_step
+from patchify.descriptors.views import CoupledViews, centre_view, draw_views, mix_views, parallel_map, render_views, view_loader
 from patchify.images import open_image as open_file
 from patchify.data.classes import load_cub
 from patchify.encoder import Encoder
-from patchify.descriptors.token import DescriptorNet, FeatureMap, PoolHead
+from patchify.descriptors.network import DescriptorNet, FeatureMap
+from patchify.descriptors.pooling import PoolHead
 from patchify.learn import TrainingPlan, train
 
 
@@ -34,6 +38,20 @@ def ramp(width, height):
 def test_views_lie_inside_any_image(width, height, seed):
     boxes = draw_views(width, height, 5, np.random.default_rng(seed)).boxes
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (width, height)).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_strip_without_room_for_the_area_gives_its_centre():
+    box = draw_views(1000, 10, 1, np.random.default_rng(0), area=(0.9, 1.0)).boxes[0]
+    assert box.tolist() == [493, 0, 506, 10]                        # no 4:3 region of that size fits
+
+
+def test_only_some_views_change_their_colours():
+    views = draw_views(90, 60, 400, np.random.default_rng(0), (0.4, 0.3, 0.2, 0.1), coloured=0.8)
+    change = np.abs(views.colours - (1, 1, 1, 0))
+    assert 0.72 < (change > 0).any(1).mean() < 0.88
+    assert (change.max(0) <= (0.4, 0.3, 0.2, 0.1)).all() and (change.max(0) > (0.35, 0.25, 0.17, 0.08)).all()
+    plain = draw_views(90, 60, 400, np.random.default_rng(0))
+    assert np.array_equal(plain.boxes, views.boxes) and np.array_equal(plain.mirrored, views.mirrored)
 
 
 @settings(max_examples=15, deadline=None)
@@ -130,21 +148,6 @@ def test_negatives_are_of_other_classes_even_when_all_are_far():
         sample_negatives(corners, np.zeros(8), 2, np.random.default_rng(0))
 
 
-def test_evaluation_ignores_the_image_itself_and_singletons():
-    labels = np.array([0, 0, 1, 2, 2, 2])
-    perfect = np.eye(3)[labels]
-    scores = evaluate_classes(perfect, perfect, labels)
-    assert scores.map == scores.recall_at(1) == 1 and np.isnan(scores.aps[2]) and np.isnan(scores.recalls[2]).all()
-    assert evaluate_classes(perfect, -perfect, labels).recall_at(1) < 1
-
-
-def test_blocks_do_not_change_the_evaluation():
-    q, g, labels = (vectors(23, 4).numpy(), vectors(23, 4, seed=1).numpy(), np.arange(23) % 5)
-    whole, pieces = evaluate_classes(q, g, labels), evaluate_classes(q, g, labels, block=4)
-    for name in ("aps", "aps_at", "precisions", "recalls"):
-        assert np.array_equal(getattr(whole, name), getattr(pieces, name), equal_nan=True)
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64))
 def test_the_centre_view_is_square(width, height, size):
@@ -234,7 +237,7 @@ def test_a_preset_is_a_whole_run(preset):
 
 
 def test_views_of_many_images_are_seeded_and_in_order():
-    views = one_view_each(open_image, 16)
+    views = view_loader(open_image, 16)
     batch = views([4, 0, 4], np.random.default_rng(1))
     assert batch.shape == (3, 3, 16, 16) and torch.equal(batch, views([4, 0, 4], np.random.default_rng(1)))
     slow, rng = [], np.random.default_rng(1)
@@ -278,7 +281,7 @@ def test_the_published_run_of_raml_starts(tmp_path):
     torch.manual_seed(0)
     backbone = FeatureMap(timm.create_model("lcnet_035", num_classes=0))
     teacher = DescriptorNet(backbone, PoolHead(backbone.channels, 16)).eval()
-    train(teacher, triplet_step(teacher, one_view_each(look, preset.gallery_size), rows["label"], classes=2, each=2), TrainingPlan(1, 1e-4))
+    train(teacher, triplet_step(teacher, view_loader(look, preset.gallery_size), rows["label"], classes=2, each=2), TrainingPlan(1, 1e-4))
     student = copy.deepcopy(teacher)
     teacher.requires_grad_(False)
     first = student.head.whiten.weight.detach().clone()

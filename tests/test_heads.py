@@ -13,8 +13,12 @@ from torch import nn
 
 from patchify.retrieval_set import RetrievalSet
 from patchify.data.classes import LabelledSet, load_gldv2_train
-from patchify.descriptors.heads import Classifier, head_descriptors, image_batches, labelled_crops, open_crop, photo_descriptors, published_plan, scale_descriptors, train_head, train_network, view_maps
-from patchify.descriptors.token import DescriptorNet, FeatureMap, IMAGE_SCALES, PoolHead, TokenHead
+from patchify.descriptors.heads import Classifier, head_descriptors, labelled_crops, open_crop, photo_descriptors
+from patchify.descriptors.heads import scale_descriptors, train_head, view_maps
+from patchify.descriptors.network import DescriptorNet, FeatureMap, IMAGE_SCALES
+from patchify.descriptors.pooling import PoolHead
+from patchify.descriptors.token import TokenHead
+from patchify.descriptors.training import image_batches, published_plan, train_network
 from patchify.learn import TrainingPlan, train
 
 
@@ -148,7 +152,7 @@ def test_the_published_run_of_token_starts_and_goes_on(tmp_path):
     losses = train_network(whole, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "whole.safetensors")
     assert len(losses) == plan.steps == 9 and np.isfinite(losses).all() and not whole.training
     with pytest.MonkeyPatch.context() as patch:                     # killed at the fifth step, with checkpoints at every second
-        patch.setattr("patchify.descriptors.heads.train", lambda module, loss_of, plan, path: train(
+        patch.setattr("patchify.descriptors.training.train", lambda module, loss_of, plan, path: train(
             module, lambda draw, rng: loss_of(draw, rng) if draw < 10 else (_ for _ in ()).throw(KeyboardInterrupt), plan, path, save_every=2))
         with pytest.raises(KeyboardInterrupt):
             train_network(parts, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "parts.safetensors")

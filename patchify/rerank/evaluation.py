@@ -34,7 +34,7 @@ from ..statistics import summarize
 class RerankSettings:
     "How a released re-ranker is evaluated."
     system: str  # AMES, LOCORE or ELViS
-    backbone: str  # dinov2, cvnet, or the number of channels
+    backbone: str  # dinov2, cvnet, dinov3, siglip2, or the number of channels
     precision: str  # full precision or binary
     query_top: int  # strongest descriptors of a query that are read
     gallery_top: int  # strongest descriptors of a gallery image that are read
@@ -46,6 +46,7 @@ class RerankSettings:
 
 
 _BACKBONES = {768: "dinov2", 1024: "cvnet"}
+_ELVIS_BACKBONES = {768: "dinov2", 1024: "dinov3", 1152: "siglip2"}
 _AMES_FUSION = {  # (backbone, binary) -> weight, gain
     ("dinov2", False): (0.55, 0.30),
     ("dinov2", True): (0.35, 0.10),
@@ -60,7 +61,8 @@ def published_settings(
     binary: bool = False,  # AMES with binarised descriptors
 ) -> RerankSettings:
     "The settings of the authors' evaluation commands."
-    backbone = _BACKBONES.get(local_dim, f"{local_dim} channels")
+    backbones = _ELVIS_BACKBONES if system == "ELViS" else _BACKBONES
+    backbone = backbones.get(local_dim, f"{local_dim} channels")
     precision = "binary" if binary else "full precision"
     if system == "AMES":
         global_weight, gain = _AMES_FUSION.get((backbone, binary), (0.5, 0.5))
