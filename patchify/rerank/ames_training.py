@@ -21,8 +21,8 @@ def draw_pairs(
     instance: np.ndarray,  # (N,) int, which object each image shows
     draw: np.random.Generator,  # source of all randomness
     batch: int = 64,  # pairs, every other one matching
-    counts: tuple[int, int] = (10, 10**6),  # fewest and most descriptors kept per side; equal numbers fix the count
-    negatives: np.ndarray | None = None,  # (N, M) gallery indices of hard candidates, -1 = none (None: any other object)
+    counts: tuple[int, int] = (10, 10**6),  # fewest and most descriptors kept per side; equal numbers fix it
+    negatives: np.ndarray | None = None,  # (N, M) gallery indices of hard ones, -1 = none (None: any other object)
     anchors: np.ndarray | None = None,  # images that may stand on the query side (None: all with a positive)
 ) -> tuple[Descriptors, Descriptors, Tensor]:  # query side, gallery side, (B,) labels 0 or 1
     "A seeded batch of image pairs, with its own number of descriptors on each side."

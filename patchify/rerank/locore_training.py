@@ -64,7 +64,7 @@ def list_recall(
 @torch.no_grad()
 def start_from_longformer(
     model: LOCORE,  # as wide as the language model, and not deeper; changed in place
-    weights: dict[str, Tensor],  # of a Longformer, by the names of `transformers`, with or without the prefix "longformer."
+    weights: dict[str, Tensor],  # of a Longformer of `transformers`, with or without the prefix "longformer."
 ) -> LOCORE:  # the same model; projections, scales and classifier stay as they are
     "Fill the Longformer part of a LOCORE from a pretrained language model. A shallower model takes the first layers."
     weights = {name.removeprefix("longformer."): tensor for name, tensor in weights.items()}

@@ -123,8 +123,10 @@ def start_from_matching(
     return model
 
 
-def _attend(attention: nn.Module, compared: Tensor, strength: float, bonus: dict, evidence: Tensor, source: Tensor, gain: float) -> None:
-    "Attend by the cosine of the `compared` channels plus a bonus per channel of the key, and write `source` into `evidence`."
+def _attend(
+    attention: nn.Module, compared: Tensor, strength: float, bonus: dict, evidence: Tensor, source: Tensor, gain: float
+) -> None:
+    "Attend by the cosine of the `compared` channels plus a bonus per key channel; write `source` into `evidence`."
     inner = attention.self
     heads, size = inner.num_heads, inner.head_dim
     scale = torch.zeros(heads * size)

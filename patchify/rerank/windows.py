@@ -45,8 +45,8 @@ def slide(
     window: int,  # images per window
     global_weight: float = 0.5,  # weight of the first stage, 0 to 1
     gain: float = 1.0,  # multiplies the raw scores
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:  # members before, raw scores, members after, whole order
-    "Sort window after window; yields every step."
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    "Sort window after window; yields members before, their raw scores, members after, and the whole order."
     order = np.arange(len(similarity))
     for start in starts:
         members = order[start:start + window].copy()
@@ -67,7 +67,7 @@ def rerank_windows(
     gain: float = 0.1,  # multiplies the raw scores
     junk: Sequence[np.ndarray] | None = None,  # per query: gallery indices moved behind everything else
 ) -> SearchResult:  # the shortlist's scores, assigned again in the new order
-    "Re-rank a long shortlist by windows. Scores of different windows cannot be compared, so only the order is new. (Q, K) -> (Q, K)"
+    "Re-rank a long shortlist by windows. Scores of windows cannot be compared; only the order is new. (Q, K) -> (Q, K)"
     if junk is not None:
         result = move_junk_last(result, junk)
     if not 0 < top_k <= result.ranks.shape[1]:
