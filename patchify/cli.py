@@ -33,17 +33,22 @@ from .data.registry import load
 from .files import suggest
 from .images import open_image
 from .boxes import REGION_KINDS, Regions
-from .compress import CompressedIndex, IVFPQIndex, PQIndex, load_or_build_index
+from .compress import CompressedIndex, PQIndex
+from .indexfiles import load_or_build_index
+from .ivf import IVFPQIndex
 from .encoder import Encoder, load_encoder
 from .evaluate import Described, describe, metrics_dict, rank
 from .pages.figures import Panel, retrieval_strip
-from .metrics import save_similarities
+from .data.ilias_files import save_similarities
 from .synthetic.mini import make_mini
 from .pyramid import cut_patches
-from .pages.report import provenance, run_reports, shell
+from .pages.page import provenance
+from .pages.report import run_reports
+from .pages.site import shell
 from .zoo.rerankers import DESCRIPTORS_PER_IMAGE, Reranker
 from .search import ExactIndex
-from .store import Store, extract
+from .extraction import extract
+from .store import Store
 
 # %% ../nbs/80_cli.ipynb #c006
 class _Commands(TyperGroup):

@@ -20,22 +20,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# %% ../nbs/core/01_images.ipynb #c006
+# %% ../nbs/core/01_images.ipynb #c010
 # What PIL raises on damaged files of one kind or another.
-UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, ArithmeticError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, ArithmeticError, struct.error,
+              Image.DecompressionBombError)
 
 
 @lru_cache(maxsize=256)
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
-    "Where each file of an uncompressed tar starts and how long it is."
+    "Offset and length of each file in an uncompressed tar."
     try:
         with tarfile.open(path, "r:") as tar:
-            return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+            return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
     except tarfile.TarError as error:
         raise ValueError(f"cannot read {path} as an uncompressed tar file: {error}") from None
 
 
-def _bytes_of(path: str | Path) -> io.BufferedIOBase:
+def _open_bytes(path: str | Path) -> io.BufferedIOBase:
     "The file behind a path, or behind `shard.tar::member`, opened for reading."
     shard, inside, member = str(path).partition("::")
     if not inside:
@@ -46,13 +47,23 @@ def _bytes_of(path: str | Path) -> io.BufferedIOBase:
         return io.BytesIO(file.read(size))
 
 
+def _deep_to_grey(image: Image.Image) -> Image.Image:
+    "A picture of 16 or 32 bits per channel as 8-bit grey. The largest value decides which value is white."
+    values = np.nan_to_num(np.asarray(image, np.float64)).clip(0, 65535)
+    if image.mode.startswith("I;16"):
+        white_values = (65535,)
+    elif image.mode == "F":
+        white_values = (1, 255, 4095, 65535)
+    else:
+        white_values = (255, 4095, 65535)
+    white = next(white for white in white_values if values.max().round() <= white)
+    return Image.fromarray((values * 255 // white).clip(0, 255).astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    "Any PIL mode as 8-bit RGB, transparency over white; of 32-bit values the largest tells what is white."
+    "Any PIL mode as 8-bit RGB, transparency over white."
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image, np.float64)).clip(0, 65535)
-        whites = (65535,) if image.mode.startswith("I;16") else (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
-        white = next(white for white in whites if values.max().round() <= white)
-        image = Image.fromarray((values * 255 // white).clip(0, 255).astype(np.uint8))
+        image = _deep_to_grey(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -64,27 +75,32 @@ def open_image(
 ) -> Image.Image:  # 8-bit RGB, upright
     "Decode one image: RGB, upright. Raises ValueError naming the file when it cannot be read."
     try:
-        with _bytes_of(path) as file, Image.open(file) as image:
+        with _open_bytes(path) as file, Image.open(file) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as error:
         reason = re.sub(r" <[^>]*>", "", str(error)) or type(error).__name__  # without addresses of buffers
         raise ValueError(f"cannot read image {path}: {reason}") from None
 
-# %% ../nbs/core/01_images.ipynb #c007
-def image_size(path: str) -> tuple[int, int] | None:
-    "Upright (width, height) from an image's header, or None when it cannot be read."
+# %% ../nbs/core/01_images.ipynb #c015
+def image_size(
+    path: str | Path,  # an image file, or "shard.tar::member"
+) -> tuple[int, int] | None:  # pixels; None when it cannot be read
+    "Upright (width, height) from an image's header."
     try:
-        with _bytes_of(path) as file, Image.open(file) as image:
-            return image.size[::-1] if image.getexif().get(274, 1) >= 5 else image.size
+        with _open_bytes(path) as file, Image.open(file) as image:
+            turned = image.getexif().get(274, 1) >= 5
+            return image.size[::-1] if turned else image.size
     except UNREADABLE:
         return None
 
-# %% ../nbs/core/01_images.ipynb #c012
+# %% ../nbs/core/01_images.ipynb #c018
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+TEXT_SUFFIXES = {".txt", ".json", ".csv", ".md", ".xml", ".html"}  # usual beside images, so not reported
+COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
 def _in_unicode(path: str) -> bool:
-    "Whether a path can be written into a table; says which one is left out."
+    "Whether a path can be written into a table; reports one that cannot."
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -94,22 +110,25 @@ def _in_unicode(path: str) -> bool:
 
 
 def _leads_back(folder: Path) -> bool:
-    "Whether a folder is a link to one that it lies in."
+    "Whether a folder is a link to one that contains it."
     return folder.is_symlink() and any(above.samefile(folder) for above in folder.absolute().parents)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    "All files below a folder that are not hidden, sorted; says which folders cannot be read."
-    def unreadable(error):
+    "All files below a folder that are not hidden, sorted; reports folders that cannot be read."
+    def report(error):
         print(f"left out {error.filename}: {error.strerror}", file=sys.stderr)
 
-    for where, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+    for where, folders, files in os.walk(folder, onerror=report, followlinks=True):
         folders[:] = sorted(name for name in folders if not _leads_back(Path(where, name)))
         yield from (Path(where, name) for name in sorted(files) if not name.startswith("."))
 
-# %% ../nbs/core/01_images.ipynb #c015
-TEXT_SUFFIXES = {".txt", ".json", ".csv", ".md", ".xml", ".html"}  # what lies beside images; no word is lost about it
-COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+
+def _tar_images(path: Path, relative: str) -> Iterator[tuple[str, str]]:
+    "The images in a tar shard: id, path."
+    for member in _tar_members(path):
+        if Path(member).suffix.lower() in IMAGE_SUFFIXES and _in_unicode(member):
+            yield f"{path.name}/{os.path.splitext(member)[0]}", f"{relative}::{member}"
 
 
 def find_images(
@@ -117,21 +136,21 @@ def find_images(
     root: str | Path | None = None,  # paths are made relative to this folder; None: to `folder`
     shards: bool = False,  # whether its tar files belong to the collection, so that a compressed one is refused
 ) -> Iterator[tuple[str, str]]:  # (id, path relative to root), sorted by path
-    "All images below a folder, those inside tar shards as `shard.tar::member`. Says on stderr which endings were left out."
+    "All images below a folder, those in tar shards as `shard.tar::member`. Reports skipped file types on stderr."
     folder = Path(folder)
-    root, others = Path(root or folder), Counter()
+    skipped = Counter()
     for path in _files(folder):
-        relative, suffix = os.path.relpath(path, root), path.suffix.lower()
+        relative = os.path.relpath(path, root or folder)
+        suffix = path.suffix.lower()
         if suffix == ".tar":
-            for member in _tar_members(path):
-                if Path(member).suffix.lower() in IMAGE_SUFFIXES and _in_unicode(member):
-                    yield f"{path.name}/{os.path.splitext(member)[0]}", f"{relative}::{member}"
+            yield from _tar_images(path, relative)
         elif suffix in IMAGE_SUFFIXES:
             if _in_unicode(relative):
                 yield os.path.relpath(path, folder), relative
         elif shards and COMPRESSED_TAR.search(path.name):
             raise ValueError(f"{path} is compressed, its images cannot be read in place: unpack it to a plain .tar")
         elif suffix not in TEXT_SUFFIXES:
-            others[(suffix or "without an ending") if os.path.exists(path) else "broken link"] += 1
-    if others:
-        print(f"left out of {folder}: {', '.join(f'{count} {ending}' for ending, count in others.most_common())} (no image files that are read here)", file=sys.stderr)
+            skipped[(suffix or "without an ending") if os.path.exists(path) else "broken link"] += 1
+    if skipped:
+        counts = ", ".join(f"{count} {ending}" for ending, count in skipped.most_common())
+        print(f"left out of {folder}: {counts} (no image files that are read here)", file=sys.stderr)

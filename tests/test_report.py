@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from patchify.pages.report import LONG, build_index, published
+from patchify.pages.report import LONG
+from patchify.pages.site import build_index
+from patchify.pages.tables import published
 
 ROOT = Path(__file__).parent.parent
 

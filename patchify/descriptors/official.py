@@ -22,7 +22,7 @@ from .pooling import PoolHead, gem, rmac
 from .token import LocalLayer, load_token_head
 from ..encoder import Encoder
 from ..files import load_strict, read_weights
-from ..search import adapt
+from ..refine import adapt
 
 # %% ../../nbs/descriptors/49_official.ipynb #c006
 _STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
