@@ -121,7 +121,7 @@ def _banner(benchmark: object, encoder: object) -> str:
     ]
     protocol = getattr(benchmark, "protocol", None)
     if protocol is not None:
-        facts.append(("mAP", f"{protocol.score} by the protocol {protocol.name}"))
+        facts.append(("Score", f"{protocol.score}, protocol {protocol.name}"))
     if benchmark.name in ("mini", "tiny"):
         facts.append(("Caveat", "synthetic images; the numbers say nothing about photographs"))
     line = " · ".join(f"<b>{label}</b> {html.escape(text)}" for label, text in facts)
