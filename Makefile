@@ -32,13 +32,13 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 train-mini: install
-	$(BIN)/python -m patchify.zoo.encoder
+	$(BIN)/patchify train encoder
 
 train-rerankers: install
-	$(BIN)/python -m patchify.zoo.rerankers
+	$(BIN)/patchify train rerankers
 
 train-heads: install
-	$(BIN)/python -m patchify.zoo.heads
+	$(BIN)/patchify train heads
 
 notebooks: install
 	$(BIN)/nbdev_export

@@ -47,7 +47,8 @@ from .pages.report import run_reports
 from .pages.site import shell
 from .zoo.rerankers import DESCRIPTORS_PER_IMAGE, Reranker
 from .search import ExactIndex
-from .store import Store, extract
+from .extraction import extract
+from .store import Store
 
 # %% ../nbs/80_cli.ipynb #c006
 class _Commands(TyperGroup):

@@ -24,7 +24,8 @@ from .retrieval_set import Protocol, RetrievalSet
 from .scoring import Places, Ranking, protocol_report, rank_gallery
 from .search import ExactIndex, ImageIndex, SearchResult
 from .statistics import summarize
-from .store import Store, extract
+from .extraction import extract
+from .store import Store
 
 # %% ../nbs/core/08_evaluate.ipynb #c009
 @dataclass(frozen=True)

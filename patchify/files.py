@@ -38,7 +38,7 @@ def atomic_write(
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
+        raise _write_error(path, error) from None
     try:
         with open(handle, "wb") as file:
             write(file)
@@ -57,12 +57,13 @@ def atomic_write(
 
 def _write_error(path: Path, error: OSError) -> OSError:
     "The same error with the file and the reason in one sentence."
-    free = shutil.disk_usage(path.parent).free
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or free < 2**20:
-        reason = f"its disk is full ({free / 2**20:.0f} MB free): free some space and repeat the command"
-    else:
-        reason = error.strerror or str(error)
-    return OSError(error.errno or errno.EIO, f"cannot write {path}: {reason}")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if path.parent.is_dir():
+        full |= shutil.disk_usage(path.parent).free < 2**20
+    reason = "its disk is full, free some space and repeat the command" if full else error.strerror or str(error)
+    sentence = OSError(f"cannot write {path}: {reason}")
+    sentence.errno = error.errno
+    return sentence
 
 
 def _flush_folder(folder: Path) -> None:

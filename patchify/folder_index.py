@@ -28,7 +28,8 @@ from .files import atomic_write
 from .images import IMAGE_SUFFIXES, find_images, _open_bytes, open_image
 from .pyramid import cut_patches
 from .search import ExactIndex, SearchResult
-from .store import Store, extract
+from .extraction import extract
+from .store import Store
 
 # %% ../nbs/core/16_folder_index.ipynb #c009
 TABLE_VERSION = 1

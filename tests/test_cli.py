@@ -43,7 +43,7 @@ def test_the_exported_similarities_give_the_same_map(evaluated, data):
     lists, benchmark = restricted_pickle.load(file), load_ilias(data / "tiny")
     truth = {row.id: row.instance for row in benchmark.gallery.itertuples()}
     aps = []
-    for query, similarities, ranks in zip(lists["query_ids"], lists["similarities"], lists["ranks"]):
+    for query, similarities, ranks in zip(lists["query_ids"], lists["sims"], lists["ranks"]):
         instance = query.split("/")[0]
         relevant = np.array([truth[lists["db_ids"][i]] == instance for i in ranks])
         aps.append(ap_ilias(similarities, relevant, list(truth.values()).count(instance)))

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from patchify.boxes import REGION_KINDS, Regions
-from patchify.store import Store, extract
+from patchify.extraction import extract
+from patchify.store import Store
 
 
 class Colours:
@@ -60,7 +61,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_store import Colours
 from patchify.boxes import Regions
-from patchify.store import extract
+from patchify.extraction import extract
 
 folder = Path({folder!r})
 def run(out):

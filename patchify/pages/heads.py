@@ -25,7 +25,7 @@ from ..evaluate import Described, Retrieval
 from ..metrics import recall_at
 from .experiment import Setup
 from ..scoring import measure_descriptors
-from ..store import extract
+from ..extraction import extract
 
 # %% ../../nbs/pages/78_heads.ipynb #c006
 @dataclass(frozen=True)

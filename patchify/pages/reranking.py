@@ -23,22 +23,24 @@ from ..rerank.windows import rerank_windows
 from ..rerank.shortlist import Descriptors, fuse, move_junk_last, score_shortlist
 from ..scoring import Ranking
 from ..search import SearchResult
+from patchify.zoo.reranker_training import (
+    LIST_LENGTH,
+    make_reranking_task,
+    train_ames,
+    train_locore,
+    train_rerankers,
+    tune_reranker,
+)
 from patchify.zoo.rerankers import (
     DESCRIPTORS_PER_IMAGE,
     GALLERY_REGIONS,
-    LIST_LENGTH,
     LOCAL_DESCRIPTORS,
     QUERY_REGIONS,
     Reranker,
     descriptors_of,
     local_descriptors,
-    make_reranking_task,
     reranker_file,
     reranker_scorer,
-    train_ames,
-    train_locore,
-    train_rerankers,
-    tune_reranker,
 )
 
 # %% ../../nbs/pages/76_reranking.ipynb #c006
