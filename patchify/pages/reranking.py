@@ -23,14 +23,7 @@ from ..rerank.windows import rerank_windows
 from ..rerank.shortlist import Descriptors, fuse, move_junk_last, score_shortlist
 from ..scoring import Ranking
 from ..search import SearchResult
-from patchify.zoo.reranker_training import (
-    LIST_LENGTH,
-    make_reranking_task,
-    train_ames,
-    train_locore,
-    train_rerankers,
-    tune_reranker,
-)
+from ..zoo.reranker_training import LIST_LENGTH, make_reranker, make_reranking_task, train_rerankers
 from patchify.zoo.rerankers import (
     DESCRIPTORS_PER_IMAGE,
     GALLERY_REGIONS,
@@ -254,13 +247,6 @@ def zero_step_rerankers(
     teacher = None
     for kind in kinds:
         task = make_reranking_task(kind, setup.encoder, products, setup.data)
-        if kind.startswith("locore"):
-            model, _ = train_locore(task, 0)
-            lengths = (20, LIST_LENGTH)
-        else:
-            model, _ = train_ames(task, 0, teacher if kind == "ames_binary" else None)
-            lengths = (50, 100)
-        teacher = teacher or model
-        tuned = tune_reranker(task, model, lengths)
-        made[kind] = Reranker(kind, model, tuned.top_k, tuned.global_weight, tuned.gain)
+        made[kind], _, _ = make_reranker(kind, task, 0, teacher)
+        teacher = teacher or made[kind].model
     return made
