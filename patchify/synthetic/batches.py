@@ -18,17 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import atomic_write, cache_key
 from .design import Design, atlas, family, surface
 from .mini import BENCHMARK_SEEDS
 from .render import draw_pose, geometry, render, smooth_noise
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c005
+# %% ../../nbs/synthetic/53_batches.ipynb #c007
 @dataclass(frozen=True)
 class SceneAssets:
-    "What scenes are made of."
+    "Objects and backgrounds that scenes are composed of."
     designs: list[Design]  # three members of each family, family after family
     atlases: Tensor  # (objects, S, 2S, 3) uint8, their prints
-    grounds: Tensor  # (grounds, 3, 192, 192) uint8
+    backgrounds: Tensor  # (backgrounds, 3, 192, 192) uint8
+
 
 def _draw(task):
     kind, seed, side = task
@@ -36,39 +38,43 @@ def _draw(task):
         return [atlas(design, side) for design in family(seed)]
     return surface(np.random.default_rng([seed, 9]), 192, 192).clip(0, 255).astype(np.uint8)
 
-def _drawn(families, grounds, side, first, workers) -> dict[str, np.ndarray]:
-    "All prints and grounds: atlases (objects, S, 2S, 3) and grounds (grounds, 192, 192, 3), uint8."
-    tasks = [("family", first + i, side) for i in range(families)] + [("ground", first + i, side) for i in range(grounds)]
+
+def _draw_all(families: int, backgrounds: int, side: int, first: int, workers: int) -> dict[str, np.ndarray]:
+    "All prints and backgrounds: atlases (objects, S, 2S, 3) and backgrounds (backgrounds, 192, 192, 3), uint8."
+    tasks = [("family", first + i, side) for i in range(families)]
+    tasks += [("background", first + i, side) for i in range(backgrounds)]
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             drawn = pool.map(_draw, tasks, chunksize=20)
     else:
         drawn = [_draw(task) for task in tasks]
-    return dict(atlases=np.stack([a for f in drawn[:families] for a in f]), grounds=np.stack(drawn[families:]))
+    return dict(atlases=np.concatenate(drawn[:families]), backgrounds=np.stack(drawn[families:]))
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c008
+
 def make_assets(
     families: int = 2500,  # families of three objects
-    grounds: int = 1000,  # surfaces
+    backgrounds: int = 1000,  # surfaces
     side: int = 160,  # pixels per side of a printed front
     first: int = 0,  # seed of the first family
     cache: str | Path = "data/cache",  # folder for the drawn arrays
     workers: int = 1,  # processes that draw
-) -> SceneAssets:  # equal numbers give equal props
-    "Draw objects and grounds, or read them from the cache. -> Props"
-    if not 0 <= first <= first + max(families, grounds) <= BENCHMARK_SEEDS:
-        raise ValueError(f"training seeds must lie in 0..{BENCHMARK_SEEDS}, where no benchmark object is, not from {first}")
-    path = Path(cache) / f"props-{families}-{grounds}-{side}-{first}.npz"
+) -> SceneAssets:  # equal numbers give equal assets
+    "Draw objects and backgrounds, or read them from the cache. -> SceneAssets"
+    if not 0 <= first <= first + max(families, backgrounds) <= BENCHMARK_SEEDS:
+        raise ValueError(f"training seeds must lie in 0..{BENCHMARK_SEEDS}, where no benchmark object is, "
+                         f"not from {first}")
+    key = cache_key("scene assets", 1, families=families, backgrounds=backgrounds, side=side, first=first)
+    path = Path(cache) / f"assets-{key}.npz"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npz")
-        np.savez(part, **_drawn(families, grounds, side, first, workers))
-        part.rename(path)
+        arrays = _draw_all(families, backgrounds, side, first, workers)
+        atomic_write(path, lambda file: np.savez(file, **arrays))
     with np.load(path, allow_pickle=False) as file:
-        atlases, surfaces = torch.from_numpy(file["atlases"]), torch.from_numpy(file["grounds"]).permute(0, 3, 1, 2).contiguous()
-    return SceneAssets([d for i in range(families) for d in family(first + i)], atlases, surfaces)
+        atlases = torch.from_numpy(file["atlases"])
+        surfaces = torch.from_numpy(file["backgrounds"]).permute(0, 3, 1, 2).contiguous()
+    designs = [family(first + i) for i in range(families)]
+    return SceneAssets([member for members in designs for member in members], atlases, surfaces)
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c011
+# %% ../../nbs/synthetic/53_batches.ipynb #c010
 class BatchRNG:
     "The random numbers of one batch, on the device where the batch is rendered."
 
@@ -78,8 +84,9 @@ class BatchRNG:
         step: int,  # of the batch in it
         device: torch.device | str = "cpu",  # where tensors are made
     ):
-        self.rng, self.device = np.random.default_rng([seed, step]), torch.device(device)
-        self.grain = torch.Generator(self.device).manual_seed(int(self.rng.integers(1 << 62)))
+        self.device = torch.device(device)
+        self.numpy = np.random.default_rng([seed, step])
+        self.torch = torch.Generator(self.device).manual_seed(int(self.numpy.integers(1 << 62)))
 
     def uniform(
         self,
@@ -88,7 +95,7 @@ class BatchRNG:
         *shape: int,  # of the tensor
     ) -> Tensor:  # float32 on the device
         "Uniform numbers."
-        return torch.from_numpy(self.rng.uniform(low, high, shape).astype(np.float32)).to(self.device)
+        return torch.from_numpy(self.numpy.uniform(low, high, shape).astype(np.float32)).to(self.device)
 
     def normal(
         self,
@@ -96,7 +103,8 @@ class BatchRNG:
         *shape: int,  # of the tensor
     ) -> Tensor:  # float32 on the device
         "Normal numbers around zero."
-        return torch.from_numpy((deviation * self.rng.standard_normal(shape)).astype(np.float32)).to(self.device)
+        numbers = deviation * self.numpy.standard_normal(shape)
+        return torch.from_numpy(numbers.astype(np.float32)).to(self.device)
 
     def index(
         self,
@@ -104,9 +112,9 @@ class BatchRNG:
         n: int,  # how many
     ) -> Tensor:  # (n,) int64 on the device
         "Whole numbers from 0."
-        return torch.from_numpy(self.rng.integers(0, below, n)).to(self.device)
+        return torch.from_numpy(self.numpy.integers(0, below, n)).to(self.device)
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c014
+# %% ../../nbs/synthetic/53_batches.ipynb #c013
 def place_object(
     sprites: Tensor,  # (P, C, s, s)
     cx: Tensor,  # (P,) centre, -1 left to 1 right
@@ -121,35 +129,41 @@ def place_object(
     gy = ((line[None] - cy[:, None]) / h[:, None])[:, :, None].expand(-1, -1, size)
     return F.grid_sample(sprites, torch.stack([gx, gy], -1), padding_mode="zeros", align_corners=False)
 
-def _ground_crops(grounds, chance, n, size) -> Tensor:
-    "Random crops of random grounds (n, 3, size, size), some of them turned."
-    i = torch.from_numpy(chance.rng.integers(len(grounds), size=n))
-    a = chance.uniform(-math.pi, math.pi, n) * (chance.uniform(0, 1, n) < .3)
-    s = torch.exp(chance.uniform(-1.6, 0, n))
-    rows = [torch.stack([s * a.cos(), -s * a.sin(), chance.uniform(-1, 1, n) * (1 - s)], -1),
-            torch.stack([s * a.sin(), s * a.cos(), chance.uniform(-1, 1, n) * (1 - s)], -1)]
-    grid = F.affine_grid(torch.stack(rows, 1), (n, 3, size, size), align_corners=False)
-    chosen = grounds[i].to(chance.device).float().div_(255)
-    return F.grid_sample(chosen, grid, padding_mode="reflection", align_corners=False)
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c017
+def _crop_backgrounds(backgrounds: Tensor, rng: BatchRNG, n: int, size: int) -> Tensor:
+    "Random crops of random backgrounds (n, 3, size, size), some of them turned."
+    chosen = torch.from_numpy(rng.numpy.integers(len(backgrounds), size=n))
+    angle = rng.uniform(-math.pi, math.pi, n) * (rng.uniform(0, 1, n) < .3)
+    zoom = torch.exp(rng.uniform(-1.6, 0, n))
+    rows = [
+        torch.stack([zoom * angle.cos(), -zoom * angle.sin(), rng.uniform(-1, 1, n) * (1 - zoom)], -1),
+        torch.stack([zoom * angle.sin(), zoom * angle.cos(), rng.uniform(-1, 1, n) * (1 - zoom)], -1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), (n, 3, size, size), align_corners=False)
+    pixels = backgrounds[chosen].to(rng.device).float().div_(255)
+    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+# %% ../../nbs/synthetic/53_batches.ipynb #c016
 @lru_cache
-def _cosines(device) -> Tensor:
+def _cosine_basis(device) -> Tensor:
     k = torch.arange(8.)
     basis = torch.cos((2 * k[None] + 1) * k[:, None] * math.pi / 16) * .5
     basis[0] *= 2 ** -.5
     return basis.to(device)
+
 
 def jpeg(
     images: Tensor,  # (B, 3, H, W) in 0..1, sides multiples of 8
     coarseness: Tensor,  # (B,) from .2 (hardly visible) to 3 (blocky)
 ) -> Tensor:  # (B, 3, H, W)
     "Quantise the cosine blocks of luma and chroma as JPEG does. -> (B, 3, H, W)"
-    (b, _, h, w), basis = images.shape, _cosines(images.device)
-    to = torch.tensor([[.299, .587, .114], [-.1687, -.3313, .5], [.5, -.4187, -.0813]], device=images.device)
+    b, _, h, w = images.shape
+    basis = _cosine_basis(images.device)
+    to_luma = [[.299, .587, .114], [-.1687, -.3313, .5], [.5, -.4187, -.0813]]
+    to = torch.tensor(to_luma, device=images.device)
     centre = torch.tensor([128., 0, 0], device=images.device)[:, None, None]
     y = torch.einsum("ij,bjhw->bihw", to, images * 255) - centre
-    blocks = y.view(b, 3, h // 8, 8, w // 8, 8).permute(0, 1, 2, 4, 3, 5)
+    blocks = y.view(b, 3, h // 8, 8, w // 8, 8).permute(0, 1, 2, 4, 3, 5)  # (B, 3, H/8, W/8, 8, 8)
     i = torch.arange(8., device=images.device)
     table = 10 + 6 * (i[:, None] + i[None])
     table = torch.stack([table, table * 1.6, table * 1.6])[None, :, None, None]
@@ -158,240 +172,310 @@ def jpeg(
     y = blocks.permute(0, 1, 2, 4, 3, 5).reshape(b, 3, h, w) + centre
     return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(to), y) / 255
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c020
-def _wide(t) -> Tensor:
+# %% ../../nbs/synthetic/53_batches.ipynb #c019
+def _wide(t: Tensor) -> Tensor:
+    "(B,) -> (B, 1, 1, 1)"
     return t.view(-1, 1, 1, 1)
 
-def _illumination(chance, strength, b, size) -> Tensor:
-    "Gradients and soft shadows (B, 1, S, S) around 1."
-    line, k = torch.linspace(-1, 1, size, device=chance.device), _wide(strength)
-    light = 1 + .15 * k * (_wide(chance.normal(1, b)) * line.view(1, 1, 1, -1) + _wide(chance.normal(1, b)) * line.view(1, 1, -1, 1))
-    zoom = chance.uniform(.1, .5, b)
-    rows = [torch.stack([zoom, 0 * zoom, chance.uniform(-.5, .5, b)], -1), torch.stack([0 * zoom, zoom, chance.uniform(-.5, .5, b)], -1)]
-    grid = F.affine_grid(torch.stack(rows, 1), (b, 1, size, size), align_corners=False)
-    noise = smooth_noise()[:, :1].to(chance.device).expand(b, -1, -1, -1)
-    field = F.grid_sample(noise, grid, padding_mode="reflection", align_corners=False)
-    depth = _wide(chance.uniform(.15, .6, b) * (chance.uniform(0, 1, b) < .35 * strength))
-    return light * (1 - depth * torch.sigmoid((field + _wide(chance.normal(.8, b))) * _wide(chance.uniform(3, 15, b))))
 
-def _colour(images, chance, strength) -> Tensor:
-    "White balance, exposure, gamma, saturation, contrast."
+def _illumination(rng: BatchRNG, strength: Tensor, b: int, size: int) -> Tensor:
+    "Gradients and soft shadows (B, 1, S, S) around 1."
+    line = torch.linspace(-1, 1, size, device=rng.device)
+    across = _wide(rng.normal(1, b)) * line.view(1, 1, 1, -1)
+    down = _wide(rng.normal(1, b)) * line.view(1, 1, -1, 1)
+    light = 1 + .15 * _wide(strength) * (across + down)
+    zoom = rng.uniform(.1, .5, b)
+    rows = [torch.stack([zoom, 0 * zoom, rng.uniform(-.5, .5, b)], -1)]
+    rows += [torch.stack([0 * zoom, zoom, rng.uniform(-.5, .5, b)], -1)]
+    grid = F.affine_grid(torch.stack(rows, 1), (b, 1, size, size), align_corners=False)
+    noise = smooth_noise()[:, :1].to(rng.device).expand(b, -1, -1, -1)
+    field = F.grid_sample(noise, grid, padding_mode="reflection", align_corners=False)
+    depth = _wide(rng.uniform(.15, .6, b) * (rng.uniform(0, 1, b) < .35 * strength))
+    return light * (1 - depth * torch.sigmoid((field + _wide(rng.normal(.8, b))) * _wide(rng.uniform(3, 15, b))))
+
+
+def _white_balance(images: Tensor, rng: BatchRNG, strength: Tensor) -> Tensor:
+    "White balance and exposure."
     b = len(images)
-    warm, tint = chance.normal(.11, b) * strength, chance.normal(.04, b) * strength
-    gain = torch.exp(torch.stack([warm + tint, -2 * tint, tint - warm], 1) + (chance.normal(.28, b) * strength)[:, None])
+    warm = rng.normal(.11, b) * strength
+    tint = rng.normal(.04, b) * strength
+    exposure = (rng.normal(.28, b) * strength)[:, None]
+    gain = torch.exp(torch.stack([warm + tint, -2 * tint, tint - warm], 1) + exposure)
     return gain[..., None, None] * images
 
-def _tone(x, chance, strength) -> Tensor:
+
+def _tone(x: Tensor, rng: BatchRNG, strength: Tensor) -> Tensor:
+    "Gamma, saturation and contrast."
     b = len(x)
-    x = x.clamp(1e-4, 1) ** _wide(torch.exp(chance.normal(.2, b) * strength))
+    x = x.clamp(1e-4, 1) ** _wide(torch.exp(rng.normal(.2, b) * strength))
     grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * _wide((1 + chance.normal(.22, b) * strength - .05).clamp(.2, 1.6))
-    contrast = _wide(torch.exp(chance.normal(.15, b) * strength))
-    return ((x - .5) * contrast + .5 + _wide(chance.normal(.04, b) * strength)).clamp(0, 1)
+    x = grey + (x - grey) * _wide((1 + rng.normal(.22, b) * strength - .05).clamp(.2, 1.6))
+    contrast = _wide(torch.exp(rng.normal(.15, b) * strength))
+    return ((x - .5) * contrast + .5 + _wide(rng.normal(.04, b) * strength)).clamp(0, 1)
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c023
-def _softened(x) -> Tensor:
-    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-
-def _sharpness(x, chance, strength) -> Tensor:
-    "A little blur for most, little resolution for some."
-    b, size = len(x), x.shape[-1]
-    amount = _wide(chance.uniform(0, 1, b) * (chance.uniform(0, 1, b) < .6))
-    x = x + amount * (_softened(x) - x)
-    far = chance.uniform(0, 1, b) < .25 * strength
+# %% ../../nbs/synthetic/53_batches.ipynb #c022
+def _sharpness(x: Tensor, rng: BatchRNG, strength: Tensor) -> Tensor:
+    "A little blur for most pictures, low resolution for some."
+    b = len(x)
+    size = x.shape[-1]
+    amount = _wide(rng.uniform(0, 1, b) * (rng.uniform(0, 1, b) < .6))
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = x + amount * (soft - x)
+    far = rng.uniform(0, 1, b) < .25 * strength
     if far.any():
-        small = F.interpolate(x[far], size=int(size * chance.rng.uniform(.3, .7)), mode="area")
+        small = F.interpolate(x[far], size=int(size * rng.numpy.uniform(.3, .7)), mode="area")
         x = x.clone()
         x[far] = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
     return x
 
+
 def photograph_batch(
-    images: Tensor,  # (B, 3, S, S) what is there, in 0..1
-    chance: BatchRNG,  # random numbers of the batch
-    strength: Tensor,  # (B,) 0 leaves the picture nearly alone, 1 is a phone on a bad day
+    images: Tensor,  # (B, 3, S, S) the scenes, in 0..1
+    rng: BatchRNG,  # random numbers of the batch
+    strength: Tensor,  # (B,) 0 changes little, 1 is a phone in bad light
 ) -> Tensor:  # (B, 3, S, S) in 0..1
-    "The way of a patch through light, lens, sensor and file. -> (B, 3, S, S)"
+    "Scenes through light, lens, sensor and file. -> (B, 3, S, S)"
     b, _, size, _ = images.shape
-    lit = images * _illumination(chance, strength, b, size)
-    x = _sharpness(_tone(_colour(lit, chance, strength), chance, strength), chance, strength)
-    sigma = _wide(chance.uniform(0, .06, b) * strength * (chance.uniform(0, 1, b) < .6))
-    grain = torch.randn(b, 3, size, size, generator=chance.grain, device=chance.device)
+    lit = images * _illumination(rng, strength, b, size)
+    x = _sharpness(_tone(_white_balance(lit, rng, strength), rng, strength), rng, strength)
+    sigma = _wide(rng.uniform(0, .06, b) * strength * (rng.uniform(0, 1, b) < .6))
+    grain = torch.randn(b, 3, size, size, generator=rng.torch, device=rng.device)
     grain = .6 * grain + .6 * grain.mean(1, keepdim=True) * 1.7
     x = (x + sigma * grain * (x + .1).sqrt()).clamp(0, 1)
-    coded = chance.uniform(0, 1, b) < .5
+    coded = rng.uniform(0, 1, b) < .5
     if coded.any():
         x = x.clone()
-        x[coded] = jpeg(x[coded], torch.exp(chance.uniform(-1.8, 1., int(coded.sum())))).clamp(0, 1)
+        x[coded] = jpeg(x[coded], torch.exp(rng.uniform(-1.8, 1., int(coded.sum())))).clamp(0, 1)
     return x
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c026
-_CHUNK = 32                                                # images at a time: few enough to stay in a processor's caches
+# %% ../../nbs/synthetic/53_batches.ipynb #c025
+_CHUNK = 32  # images at a time: few enough to stay in a processor's caches
 
-def _sprites(designs, atlases, chance, size, strong, ease) -> tuple[Tensor, Tensor]:
+
+def _render_sprites(designs: list[Design], atlases: Tensor, rng: BatchRNG, size: int, strong: bool,
+                    difficulty: float) -> tuple[Tensor, Tensor]:
     "All objects rendered once: sprites (Q, 4, size, size) and aspects (Q,)."
-    parts = []
+    sprites = []
+    aspects = []
     for i in range(0, len(designs), _CHUNK):
         some = designs[i:i + _CHUNK]
-        pose = draw_pose(chance.rng, len(some), strong)
-        pose |= {name: pose[name] * (1 - .6 * ease) for name in ("yaw", "roll", "gloss", "wrinkle")}
-        solids = tuple(t.to(chance.device) for t in geometry(some))
-        parts.append(render(solids, atlases[i:i + _CHUNK].to(chance.device), {k: v.to(chance.device) for k, v in pose.items()}, size))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        pose = draw_pose(rng.numpy, len(some), strong)
+        pose |= {name: pose[name] * (1 - .6 * (1 - difficulty)) for name in ("yaw", "roll", "gloss", "wrinkle")}
+        solids = tuple(t.to(rng.device) for t in geometry(some))
+        pose = {name: value.to(rng.device) for name, value in pose.items()}
+        rendered, aspect = render(solids, atlases[i:i + _CHUNK].to(rng.device), pose, size)
+        sprites.append(rendered)
+        aspects.append(aspect)
+    return torch.cat(sprites), torch.cat(aspects)
 
-def _queries(sprites, grounds, chance, size) -> Tensor:
+
+def _product_pictures(sprites: Tensor, backgrounds: Tensor, rng: BatchRNG, size: int) -> Tensor:
+    "One product picture per sprite: (n, 3, size, size)."
     n = len(sprites)
-    light = chance.uniform(0, 1, n, 1) < .8
-    paper, colour = chance.uniform(.85, 1, n, 1).expand(-1, 3), chance.uniform(.05, 1, n, 3)
-    plain = torch.where(light, paper, colour)[..., None, None].expand(-1, -1, size, size)
-    textured = _wide(chance.uniform(0, 1, n) < .2)
-    ground = torch.where(textured, _ground_crops(grounds, chance, n, size), plain)
-    half = chance.uniform(.86, 1.06, n)
-    s = place_object(sprites, chance.normal(.03, n), chance.normal(.03, n), half, half * torch.exp(chance.normal(.03, n)), size)
-    return photograph_batch(s[:, :3] + ground * (1 - s[:, 3:]), chance, chance.uniform(0, .7, n))
+    is_light = rng.uniform(0, 1, n, 1) < .8
+    paper = rng.uniform(.85, 1, n, 1).expand(-1, 3)
+    colour = rng.uniform(.05, 1, n, 3)
+    plain = torch.where(is_light, paper, colour)[..., None, None].expand(-1, -1, size, size)
+    textured = _wide(rng.uniform(0, 1, n) < .2)
+    background = torch.where(textured, _crop_backgrounds(backgrounds, rng, n, size), plain)
+    half = rng.uniform(.86, 1.06, n)
+    cx = rng.normal(.03, n)
+    cy = rng.normal(.03, n)
+    s = place_object(sprites, cx, cy, half, half * torch.exp(rng.normal(.03, n)), size)
+    return photograph_batch(s[:, :3] + background * (1 - s[:, 3:]), rng, rng.uniform(0, .7, n))
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c029
-def _step(x) -> Tensor:
+# %% ../../nbs/synthetic/53_batches.ipynb #c028
+def _smooth_step(x: Tensor) -> Tensor:
     x = x.clamp(0, 1)
     return x * x * (3 - 2 * x)
 
+
 def relevance(
-    layers: list[tuple],  # back to front: opacity (P, S, S), object (P,) or -1, area (P,) of the whole object as share of the patch
+    layers: list[tuple],  # back to front: opacity (P, S, S), object (P,) or -1, area (P,) of the whole object, 0..1
     n_query: int,  # number of objects, Q
 ) -> Tensor:  # (Q, P) in 0..1
-    "How much each patch matters to each object. layers -> (Q, P)"
+    "How relevant each patch is to each object. layers -> (Q, P)"
     opacity = layers[0][0]
     result = torch.zeros(n_query, len(opacity), device=opacity.device)
-    through, columns = torch.ones_like(opacity), torch.arange(len(opacity), device=opacity.device)
+    transparency = torch.ones_like(opacity)
+    columns = torch.arange(len(opacity), device=opacity.device)
     for opacity, owner, whole in reversed(layers):
-        seen = (opacity * through).mean((1, 2))
-        through = through * (1 - opacity)
-        r, ok = _step((seen / whole.clamp_min(1e-4) - .12) / .45) * _step((seen - .025) / .09), owner >= 0
-        result[owner[ok], columns[ok]] = torch.maximum(result[owner[ok], columns[ok]], r[ok])
+        visible = (opacity * transparency).mean((1, 2))
+        transparency = transparency * (1 - opacity)
+        r = _smooth_step((visible / whole.clamp_min(1e-4) - .12) / .45) * _smooth_step((visible - .025) / .09)
+        known = owner >= 0
+        place = owner[known], columns[known]
+        result[place] = torch.maximum(result[place], r[known])
     return result
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c034
+# %% ../../nbs/synthetic/53_batches.ipynb #c033
 @dataclass
-class _Bank:
+class _SpriteBank:
     "Sprites of a batch: posed ones first, clean ones after; object of sprite i is i modulo their number."
     large: Tensor  # (2Q, 4, s, s)
     small: Tensor  # (2Q, 4, s/2, s/2)
     aspect: Tensor  # (2Q,)
     mass: Tensor  # (2Q,) mean opacity
 
-class _Stage:
-    "One chunk of patches while it is being composed: the pictures so far and the layers laid."
 
-    def __init__(self, bank, grounds, chance, n, size):
-        self.bank, self.size, self.layers, self.objects = bank, size, [], len(bank.large) // 2
-        self.x = _ground_crops(grounds, chance, n, size)
-        self.squash = torch.exp(chance.normal(.28, n)).sqrt()       # patches are squeezed to squares, whatever their aspect
-        self.shadow = _wide(chance.uniform(.1, .6, n))
+def _make_bank(posed: Tensor, clean: Tensor, posed_aspect: Tensor, clean_aspect: Tensor) -> _SpriteBank:
+    "Sprites in two poses and two sizes."
+    large = torch.cat([posed, F.interpolate(clean, size=posed.shape[-1], mode="area")])
+    small = F.avg_pool2d(large, 2)
+    return _SpriteBank(large, small, torch.cat([posed_aspect, clean_aspect]), small[:, 3].mean((1, 2)))
 
-    def put(self, sprites, index, cx, cy, area, on):
+
+class _Scene:
+    "A chunk of patches while it is composed: the pictures so far and the layers laid."
+
+    def __init__(self, bank: _SpriteBank, backgrounds: Tensor, rng: BatchRNG, n: int, size: int):
+        self.bank = bank
+        self.size = size
+        self.layers = []
+        self.objects = len(bank.large) // 2
+        self.x = _crop_backgrounds(backgrounds, rng, n, size)
+        self.squash = torch.exp(rng.normal(.28, n)).sqrt()
+        self.shadow = _wide(rng.uniform(.1, .6, n))
+
+    def put(self, sprites: Tensor, index: Tensor, cx: Tensor, cy: Tensor, area: Tensor, on: Tensor) -> None:
         "Lay one sprite per patch, with its contact shadow, where `on`."
-        a = self.bank.aspect[index]
-        w, h = (area * a).sqrt() * self.squash, (area / a).sqrt() / self.squash
+        aspect = self.bank.aspect[index]
+        w = (area * aspect).sqrt() * self.squash
+        h = (area / aspect).sqrt() / self.squash
         s = place_object(sprites[index], cx, cy, w, h, self.size) * _wide(on.float())
-        dark = F.interpolate(F.avg_pool2d(s[:, 3:], 8, ceil_mode=True), size=self.size, mode="bilinear", align_corners=False)
+        dark = F.avg_pool2d(s[:, 3:], 8, ceil_mode=True)
+        dark = F.interpolate(dark, size=self.size, mode="bilinear", align_corners=False)
         dark = torch.roll(dark, (self.size // 24, self.size // 32), (2, 3))
         self.layers.append((s[:, 3], index % self.objects, w * h * self.bank.mass[index] * on))
         self.x = s[:, :3] + self.x * (1 - self.shadow * dark) * (1 - s[:, 3:])
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c037
-def _fingers(stage, chance, on, cx, cy, area) -> None:
+# %% ../../nbs/synthetic/53_batches.ipynb #c036
+def _add_fingers(scene: _Scene, rng: BatchRNG, on: Tensor, cx: Tensor, cy: Tensor, area: Tensor) -> None:
     "Three skin-coloured ellipses over an edge of the object, where `on`."
-    n, line = len(cx), torch.linspace(-1, 1, stage.size, device=chance.device)
-    skin = torch.stack([chance.uniform(.45, .95, n), chance.uniform(.3, .7, n), chance.uniform(.2, .55, n)], 1)
+    n = len(cx)
+    line = torch.linspace(-1, 1, scene.size, device=rng.device)
+    skin = torch.stack([rng.uniform(.45, .95, n), rng.uniform(.3, .7, n), rng.uniform(.2, .55, n)], 1)
     skin = torch.sort(skin, 1, descending=True)[0][..., None, None]
-    veil, angle = torch.zeros(n, 1, stage.size, stage.size, device=chance.device), chance.uniform(0, 3.14, n)
+    mask = torch.zeros(n, 1, scene.size, scene.size, device=rng.device)
+    angle = rng.uniform(0, 3.14, n)
     r = .5 * area.sqrt().view(-1, 1, 1)
     for finger in range(3):
-        fx, fy = cx + .8 * area.sqrt() * torch.sign(cx + 1e-3) + chance.normal(.12, n), cy + chance.normal(.3, n)
-        x, y = line.view(1, 1, -1) - fx.view(-1, 1, 1), line.view(1, -1, 1) - fy.view(-1, 1, 1)
+        fx = cx + .8 * area.sqrt() * torch.sign(cx + 1e-3) + rng.normal(.12, n)
+        fy = cy + rng.normal(.3, n)
+        x = line.view(1, 1, -1) - fx.view(-1, 1, 1)
+        y = line.view(1, -1, 1) - fy.view(-1, 1, 1)
         turn = angle + .12 * finger
-        c, s = turn.cos().view(-1, 1, 1), turn.sin().view(-1, 1, 1)
+        c = turn.cos().view(-1, 1, 1)
+        s = turn.sin().view(-1, 1, 1)
         q = ((x * c + y * s) / r) ** 2 + ((y * c - x * s) / (.22 * r)) ** 2
-        veil = torch.maximum(veil, ((1 - q) * 4).clamp(0, 1)[:, None])
-    veil = veil * _wide(on.float())
-    stage.x = stage.x * (1 - veil) + veil * skin * (.6 + .4 * veil)
-    stage.layers.append((veil[:, 0], torch.full((n,), -1, device=chance.device), torch.ones(n, device=chance.device)))
+        mask = torch.maximum(mask, ((1 - q) * 4).clamp(0, 1)[:, None])
+    mask = mask * _wide(on.float())
+    scene.x = scene.x * (1 - mask) + mask * skin * (.6 + .4 * mask)
+    nobody = torch.full((n,), -1, device=rng.device)
+    scene.layers.append((mask[:, 0], nobody, torch.ones(n, device=rng.device)))
 
-def _around(stage, chance, which, has, cx, cy, area, unit, ease) -> None:
-    "Up to five other objects behind the target; on a shelf, copies and siblings right beside it."
-    n, q, u = len(which), stage.objects, chance.uniform
-    count, sibling = chance.index(2 + round(4 * (1 - ease)), n), which ^ 1
-    shelf = (u(0, 1, n) < .22 * (1 - ease)) & has
+
+def _add_clutter(scene: _Scene, rng: BatchRNG, which: Tensor, has: Tensor, cx: Tensor, cy: Tensor, area: Tensor,
+                 unit: Tensor, difficulty: float) -> None:
+    "Up to five other objects behind the target; in a row of products, copies and siblings right beside it."
+    n = len(which)
+    n_sprites = 2 * scene.objects
+    count = rng.index(2 + round(4 * difficulty), n)
+    sibling = which ^ 1
+    in_row = (rng.uniform(0, 1, n) < .22 * difficulty) & has
     for k in range(5):
-        index = chance.index(2 * q, n)
-        index = torch.where((u(0, 1, n) < .22 * (1 - ease)) & has, sibling, index)
-        x, y, a, on = u(-1.1, 1.1, n), u(-1.1, 1.1, n), unit * torch.exp(chance.normal(.5, n)), k < count
+        index = rng.index(n_sprites, n)
+        index = torch.where((rng.uniform(0, 1, n) < .22 * difficulty) & has, sibling, index)
+        x = rng.uniform(-1.1, 1.1, n)
+        y = rng.uniform(-1.1, 1.1, n)
+        a = unit * torch.exp(rng.normal(.5, n))
+        on = k < count
         if k < 2:
-            beside = 2 * (area * stage.bank.aspect[which]).sqrt() * stage.squash * u(1., 1.1, n) * (1 - 2 * k)
-            near = torch.where(u(0, 1, n) < .4, which, torch.where(u(0, 1, n) < .5, sibling, index))
-            index, x, y = torch.where(shelf, near, index), torch.where(shelf, cx + beside, x), torch.where(shelf, cy, y)
-            a, on = torch.where(shelf, area, a), on | shelf
-        stage.put(stage.bank.small, index, x, y, a, on)
+            width = 2 * (area * scene.bank.aspect[which]).sqrt() * scene.squash
+            beside = width * rng.uniform(1., 1.1, n) * (1 - 2 * k)
+            is_copy = rng.uniform(0, 1, n) < .4
+            is_sibling = rng.uniform(0, 1, n) < .5
+            neighbour = torch.where(is_copy, which, torch.where(is_sibling, sibling, index))
+            index = torch.where(in_row, neighbour, index)
+            x = torch.where(in_row, cx + beside, x)
+            y = torch.where(in_row, cy, y)
+            a = torch.where(in_row, area, a)
+            on = on | in_row
+        scene.put(scene.bank.small, index, x, y, a, on)
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c040
-def _scene_patches(bank, grounds, target, chance, size, ease) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/synthetic/53_batches.ipynb #c039
+def _compose_patches(bank: _SpriteBank, backgrounds: Tensor, target: Tensor, rng: BatchRNG, size: int,
+                     difficulty: float) -> tuple[Tensor, Tensor]:
     "Patches (P, 3, S, S) around `target` (P,), -1 for none, and the relevance (Q, P) of all objects to them."
-    n, u, has = len(target), chance.uniform, target >= 0
+    n = len(target)
+    has = target >= 0
     q = len(bank.large) // 2
-    which = target.clamp_min(0) + q * (u(0, 1, n) < .15)             # sometimes in the very pose of the query
-    stage = _Stage(bank, grounds, chance, n, size)
-    area = torch.exp(u(math.log(.12 + .33 * ease), math.log(1.25 - .25 * ease), n))
-    unit = torch.where(has, .75 * area, torch.exp(u(math.log(.05), math.log(.5), n)))
-    cx, cy = [((1 - area.sqrt()).abs() * u(-1, 1, n) + chance.normal(.12, n) * (1 - ease)
-               + torch.where(u(0, 1, n) < .25 * (1 - ease), u(-.7, .7, n), torch.zeros(n, device=chance.device))) for _ in range(2)]
-    _around(stage, chance, which, has, cx, cy, area, unit, ease)
-    stage.put(bank.large, which, cx, cy, area, has)
-    front = chance.index(2 * q, n)
-    stage.put(bank.small, front, cx + chance.normal(.7, n), cy + chance.normal(.7, n), area * u(.15, .7, n), u(0, 1, n) < .35 * (1 - ease))
-    _fingers(stage, chance, has & (u(0, 1, n) < .15), cx, cy, area)
-    patches = photograph_batch(stage.x, chance, u(.2, 1., n) * (1 - .6 * ease))
-    return patches, relevance(stage.layers, q)
+    easy = 1 - difficulty
+    which = target.clamp_min(0) + q * (rng.uniform(0, 1, n) < .15)  # sometimes in the very pose of the query
+    scene = _Scene(bank, backgrounds, rng, n, size)
+    area = torch.exp(rng.uniform(math.log(.12 + .33 * easy), math.log(1.25 - .25 * easy), n))
+    unit = torch.where(has, .75 * area, torch.exp(rng.uniform(math.log(.05), math.log(.5), n)))
+    centre = []
+    for _ in range(2):
+        inside = (1 - area.sqrt()).abs() * rng.uniform(-1, 1, n) + rng.normal(.12, n) * difficulty
+        is_off = rng.uniform(0, 1, n) < .25 * difficulty
+        centre.append(inside + torch.where(is_off, rng.uniform(-.7, .7, n), torch.zeros(n, device=rng.device)))
+    cx, cy = centre
+    _add_clutter(scene, rng, which, has, cx, cy, area, unit, difficulty)
+    scene.put(bank.large, which, cx, cy, area, has)
+    front = rng.index(2 * q, n)
+    front_x = cx + rng.normal(.7, n)
+    front_y = cy + rng.normal(.7, n)
+    front_area = area * rng.uniform(.15, .7, n)
+    scene.put(bank.small, front, front_x, front_y, front_area, rng.uniform(0, 1, n) < .35 * difficulty)
+    _add_fingers(scene, rng, has & (rng.uniform(0, 1, n) < .15), cx, cy, area)
+    patches = photograph_batch(scene.x, rng, rng.uniform(.2, 1., n) * (1 - .6 * easy))
+    return patches, relevance(scene.layers, q)
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c043
-def _cast(props, chance, families, ease) -> np.ndarray:
-    "Numbers of 2 x families objects: pairs of siblings, and at ease instead of some of them pairs of strangers."
-    rng = chance.rng
-    chosen = rng.choice(len(props.designs) // 3, 2 * families, replace=False)
-    near = int(families * (1 - ease))
-    pairs = [f * 3 + rng.permutation(3)[:2] for f in chosen[:near]]
-    return np.concatenate(pairs + [chosen[near:2 * families - near] * 3 + rng.integers(0, 3, 2 * (families - near))]).astype(int)
+# %% ../../nbs/synthetic/53_batches.ipynb #c042
+def _choose_objects(assets: SceneAssets, rng: BatchRNG, families: int, difficulty: float) -> np.ndarray:
+    "Numbers of 2 x families objects: pairs of siblings, and below full difficulty some pairs of strangers."
+    chosen = rng.numpy.choice(len(assets.designs) // 3, 2 * families, replace=False)
+    n_siblings = int(families * difficulty)
+    pairs = [f * 3 + rng.numpy.permutation(3)[:2] for f in chosen[:n_siblings]]
+    strangers = chosen[n_siblings:2 * families - n_siblings] * 3
+    strangers = strangers + rng.numpy.integers(0, 3, 2 * (families - n_siblings))
+    return np.concatenate(pairs + [strangers]).astype(int)
 
-# %% ../../nbs/synthetic/53_batches.ipynb #c046
+# %% ../../nbs/synthetic/53_batches.ipynb #c045
 def to_uint8(
     images: Tensor,  # any shape, 0..1
 ) -> Tensor:  # uint8
     "Round to 0..255. -> uint8"
     return (images.clamp(0, 1) * 255).round().byte()
 
+
 def make_batch(
-    props: SceneAssets,  # objects and grounds
+    assets: SceneAssets,  # objects and backgrounds
     seed: int,  # of the training run
     step: int,  # of the batch in it
     size: int = 128,  # pixels per side, S; a multiple of 8
-    families: int = 48,  # families that send two members each, Q = 2 x families
+    families: int = 48,  # families that give two members each, Q = 2 x families
     views: int = 2,  # patches per object
-    empty: int = 32,  # patches around no object in particular
-    ease: float = 0.,  # 1 at the start of training, 0 later
+    empty: int = 32,  # patches without a target object
+    difficulty: float = 1.,  # 0 at the start of training, 1 is the real task
     device: torch.device | str = "cpu",  # where to render
 ) -> tuple[Tensor, Tensor, Tensor]:  # queries (Q, 3, S, S) uint8, patches (P, 3, S, S) uint8, relevance (Q, P)
     "Everything one training step needs. -> queries, patches, relevance"
-    if 2 * families > len(props.designs) // 3:
-        raise ValueError(f"families={families} needs {2 * families} families of objects, the props hold {len(props.designs) // 3}")
-    chance = BatchRNG(seed, step, device)
-    ids = _cast(props, chance, families, ease)
-    designs, atlases = [props.designs[i] for i in ids], props.atlases[torch.from_numpy(ids)].permute(0, 3, 1, 2)
-    clean, clean_aspect = _sprites(designs, atlases, chance, size, False, ease)
-    posed, posed_aspect = _sprites(designs, atlases, chance, int(size * .75), True, ease)
-    queries = torch.cat([to_uint8(_queries(c, props.grounds, chance, size)) for c in clean.split(_CHUNK)])
-    large = torch.cat([posed, F.interpolate(clean, size=posed.shape[-1], mode="area")])
-    small = F.avg_pool2d(large, 2)
-    bank = _Bank(large, small, torch.cat([posed_aspect, clean_aspect]), small[:, 3].mean((1, 2)))
-    targets = torch.cat([torch.arange(len(ids)).repeat(views), torch.full((empty,), -1)]).to(device)
-    made = [_scene_patches(bank, props.grounds, t, chance, size, ease) for t in targets.split(_CHUNK)]
-    if not all(torch.isfinite(patches.sum()) for patches, _ in made):
+    available = len(assets.designs) // 3
+    if 2 * families > available:
+        raise ValueError(f"families={families} needs {2 * families} families of objects, the assets hold {available}")
+    rng = BatchRNG(seed, step, device)
+    chosen = _choose_objects(assets, rng, families, difficulty)
+    designs = [assets.designs[i] for i in chosen]
+    atlases = assets.atlases[torch.from_numpy(chosen)].permute(0, 3, 1, 2)
+    clean, clean_aspect = _render_sprites(designs, atlases, rng, size, False, difficulty)
+    posed, posed_aspect = _render_sprites(designs, atlases, rng, int(size * .75), True, difficulty)
+    pictures = [_product_pictures(c, assets.backgrounds, rng, size) for c in clean.split(_CHUNK)]
+    queries = torch.cat([to_uint8(part) for part in pictures])
+    bank = _make_bank(posed, clean, posed_aspect, clean_aspect)
+    targets = torch.cat([torch.arange(len(chosen)).repeat(views), torch.full((empty,), -1)]).to(device)
+    parts = [_compose_patches(bank, assets.backgrounds, t, rng, size, difficulty) for t in targets.split(_CHUNK)]
+    if not all(torch.isfinite(patches.sum()) for patches, _ in parts):
         raise ValueError(f"batch {step} holds pixels that are not finite")
-    return queries, torch.cat([to_uint8(patches) for patches, _ in made]), torch.cat([r for _, r in made], 1)
+    return queries, torch.cat([to_uint8(patches) for patches, _ in parts]), torch.cat([r for _, r in parts], 1)
