@@ -230,7 +230,8 @@ def _ilias_groups(ranking: Ranking, aps: np.ndarray) -> dict:
     "Oracle, scale, clutter and taxonomy tables of ILIAS, in percent."
     benchmark = ranking.benchmark
     depth = benchmark.protocol.depth
-    report = {"oracle": _mean(oracle_ilias(ranking.ranks, benchmark.positives, depth))}
+    length = min(depth or ranking.ranks.shape[1], ranking.ranks.shape[1])   # a shorter list would inflate the oracle
+    report = {"oracle": _mean(oracle_ilias(ranking.ranks, benchmark.positives, length))}
 
     def metric(wanted, removed):
         return average_precisions(ranking.ranks, wanted, removed, depth, "ilias", ranking.result.scores)
