@@ -105,6 +105,24 @@ def test_elvis(tmp_path):
     assert report.settings.system == "ELViS" and report.raw["hard"].shape == report.ranks["hard"].shape
 
 
+def test_locore_misses_its_global_descriptors(tmp_path):
+    pytest.importorskip("transformers")
+    from patchify.rerank.locore import LOCORE
+
+    model = LOCORE(768, 768, dim=64, layers=1, heads=1, hidden=32, max_positions=514)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for side in ("query", "gallery"):
+        shutil.copy(ROXFORD / f"dinov2_{side}_local.hdf5", tmp_path)
+    paths = (tmp_path / "dinov2_gallery_local.hdf5", ROXFORD / "nn_superglobal.pkl", ROXFORD / "gnd_roxford5k.pkl")
+    with pytest.raises(ValueError, match="no dinov2_gallery_global.pt beside"):
+        rerank_files(tmp_path / "model.safetensors", *paths)
+    report = rerank_files(tmp_path / "model.safetensors", *paths, without_globals=True, query_top=4, gallery_top=4)
+    assert len(report.table)
+    shutil.copy(ROXFORD / "dinov2_query_global.pt", tmp_path)
+    with pytest.raises(ValueError, match="only one side"):
+        rerank_files(tmp_path / "model.safetensors", *paths)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_locore(tmp_path, window):
     "A small LOCORE in the released file format; global descriptors are found beside the local ones."
@@ -212,8 +230,10 @@ def test_files_that_do_not_belong_together_are_named(checkpoint, tmp_path):
         ((paths[0], DATA / "roxford5k+1m/nn_superglobal.pkl", paths[2]), {}, "nn_superglobal.pkl names image 12"),
         ((paths[0], paths[2], paths[2]), {}, "gnd_roxford5k.pkl must hold an array"),
         ((paths[0], paths[1], paths[1]), {}, "nn_superglobal.pkl must hold a dictionary"),
-        ((DATA / "elvis/dinov2_bits_local.hdf5", paths[1], paths[2]), {"queries": ROXFORD / "dinov2_query_local.hdf5"}, "names image"),
+        ((DATA / "elvis/dinov2_gallery_local.hdf5", paths[1], paths[2]), {"queries": ROXFORD / "dinov2_query_local.hdf5"}, "names image"),
     ]
+    cases.append(((tmp_path / "cvnet_gallery_local.npy", paths[1], paths[2]), {"queries": tmp_path / "cvnet_gallery_local.npy"}, "of 1024 channels"))
+    np.save(tmp_path / "cvnet_gallery_local.npy", np.zeros((9, 2, 1029), np.float32))
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             rerank_files(checkpoint, *arguments, **options)
