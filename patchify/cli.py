@@ -187,6 +187,8 @@ def evaluate(
     nprobe: Annotated[Optional[int], typer.Option(help="ivfpq: lists a query visits; default: all")] = None,
     train_level: Annotated[int, typer.Option(help="pq, ivfpq: level whose patches train the quantiser; -1: those indexed, -2: all levels together")] = -1,
     rerank: Annotated[Optional[str], typer.Option(help=f"re-rank the first images of every query: {', '.join(DESCRIPTORS_PER_IMAGE)}")] = None,
+    rerank_top_k: Annotated[
+        Optional[int], typer.Option(min=1, help="images re-ranked per query; LOCORE slides a window over longer lists")] = None,
     device: Device = None,
     data: Data = Path("data"),
     json_file: JsonFile = None,
@@ -195,11 +197,13 @@ def evaluate(
     "Measure mAP@1000 and LocScore of a data set."
     if regions not in REGION_KINDS:
         raise ValueError(f"unknown --regions {regions!r}: {suggest(regions, list(REGION_KINDS))}")
+    if rerank_top_k and not rerank:
+        raise ValueError("--rerank-top-k needs --rerank")
     _check_target("--json", json_file)
     _check_target("--export", export, ".pkl", ".json")
     scheme, settings = Regions(regions, level), _index_settings(index, m, nbits, nlist, nprobe, train_level)
     encoder = load_encoder(backbone, checkpoint, random_weights, device)
-    second_stage = Reranker.load(rerank, encoder, data) if rerank else None
+    second_stage = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     benchmark, started = load(dataset, data), time.perf_counter()
     described = describe(benchmark, encoder, scheme, data / "stores")
     run = rank(described, index=_build(settings, described, data))
@@ -207,7 +211,7 @@ def evaluate(
         run = second_stage(run, encoder, data)
     report = metrics_dict(run)
     report["provenance"] = provenance(dataset=dataset, data=benchmark.fingerprint, backbone=backbone, encoder=encoder.fingerprint, weights=encoder.notes,
-                                      regions=regions, level=level, index=index, rerank=rerank, seconds=round(time.perf_counter() - started, 1))
+                                      regions=regions, level=level, index=index, rerank=rerank, rerank_top_k=rerank_top_k, seconds=round(time.perf_counter() - started, 1))
     print(_summary(run.described.benchmark.name, report))
     if json_file:
         _write(json_file, json.dumps(report, indent=1))
