@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -27,12 +28,14 @@ import torch
 from tqdm import tqdm
 
 from .boxes import Regions
-from .encoder import Encoder
 from .files import atomic_write, cache_key, checksum
 from .images import open_image
 from .pyramid import cut_patches, placement, pool_regions
 from .store import (FAILURE_COLUMNS, FORMAT, SHARD_COLUMNS, DamagedStore, Store, map_descriptors, read_manifest,
                             read_patches, shard_files, write_manifest, write_shard)
+
+if TYPE_CHECKING:  # importing timm takes seconds
+    from patchify.encoder import Encoder
 
 # %% ../nbs/core/05b_extraction.ipynb #c010
 def _image_table(images: pd.DataFrame | Sequence[str | Path]) -> pd.DataFrame:
@@ -114,7 +117,7 @@ def _frame(image_size: tuple[int, int], box: np.ndarray | None) -> np.ndarray:
     return frame
 
 
-def _cut_image(file: str, box: np.ndarray | None, encoder: Encoder, regions: Regions) -> _Cut | str:
+def _cut_image(file: str, box: np.ndarray | None, encoder: "Encoder", regions: Regions) -> _Cut | str:
     "Open an image and cut its patches, or say why that failed."
     try:
         image = open_image(file)
@@ -134,7 +137,7 @@ def _cut_image(file: str, box: np.ndarray | None, encoder: Encoder, regions: Reg
 # %% ../nbs/core/05b_extraction.ipynb #c017
 def _describe(
     cuts: list[_Cut | None],  # the images of one group, None for one that failed; at least one did not
-    encoder: Encoder,
+    encoder: "Encoder",
     regions: Regions,  # pool: descriptors are averages of the feature map
     batch: int,  # most inputs per forward pass
 ) -> np.ndarray:  # (images, P, D) float32, arbitrary where an image failed
@@ -153,7 +156,7 @@ def _describe(
 def _describe_rows(
     rows: range,  # of the table, in this shard
     cuts: Iterator[_Cut | str],  # of these rows, in order
-    encoder: Encoder,
+    encoder: "Encoder",
     regions: Regions,
     batch: int,  # most inputs per forward pass
 ) -> Iterator[tuple[int, _Cut | str, np.ndarray | None]]:  # row, patches or reason, descriptors (P, D)
@@ -203,7 +206,7 @@ def _check_settings(out: Path, found: dict, settings: dict) -> None:
 
 @contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
-    "Hold a folder's lock file. Raises ValueError that names the process holding it. The system frees the lock of a killed one."
+    "Hold a folder's lock file, which the system frees if the process dies. Raises ValueError naming another holder."
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
@@ -224,13 +227,17 @@ def _only_writer(out: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+_OWN_FILES = re.compile(
+    r"descriptors-\d+\.npy|patches-\d+\.parquet|(shards|failures)\.csv|manifest\.json|\.lock|\..*\.tmp")
+
+
 @dataclass(frozen=True)
 class Extraction:
     "The plan of one store. Shards can be made in any order and by several processes; the bytes are the same."
     out: Path  # folder of the store
     table: pd.DataFrame  # id, path, box
     root: str | Path  # folder that the paths are relative to
-    encoder: Encoder
+    encoder: "Encoder"
     regions: Regions
     settings: dict  # all that determines the bytes of the store
 
@@ -238,7 +245,7 @@ class Extraction:
     def plan(
         cls,
         images: pd.DataFrame | Sequence[str | Path],  # as for `extract`, likewise the others
-        encoder: Encoder,
+        encoder: "Encoder",
         regions: Regions,
         out: str | Path,
         root: str | Path = "",
@@ -300,9 +307,8 @@ class Extraction:
 
     def _check_foreign_files(self) -> None:
         "Raise ValueError if a folder without a readable manifest holds anything but shards of this store."
-        own = re.compile(r"descriptors-\d+\.npy|patches-\d+\.parquet|(shards|failures)\.csv|manifest\.json|\.lock|\..*\.tmp")
         names = [entry.name for entry in os.scandir(self.out)]
-        if not all(own.fullmatch(name) for name in names):
+        if not all(_OWN_FILES.fullmatch(name) for name in names):
             raise ValueError(f"{self.out} is not empty and holds no store: choose another folder")
         for name in names:
             if name.startswith("patches-"):
@@ -401,8 +407,10 @@ class Extraction:
             shards.append((images, about["bytes"], about["descriptors"], len(content), checksum(content)))
             failures += about["failures"]
         tables = {}
-        for name, lines, columns in [("shards.csv", shards, SHARD_COLUMNS), ("failures.csv", failures, FAILURE_COLUMNS)]:
-            text = pd.DataFrame(lines, columns=columns).to_csv(index=False).encode()
+        contents = {"shards.csv": pd.DataFrame(shards, columns=SHARD_COLUMNS),
+                    "failures.csv": pd.DataFrame(failures, columns=FAILURE_COLUMNS)}
+        for name, content in contents.items():
+            text = content.to_csv(index=False).encode()
             atomic_write(self.out / name, lambda file: file.write(text))
             tables[name] = checksum(text)
         if len(failures) == len(self.table):
@@ -415,7 +423,7 @@ class Extraction:
         write_manifest(self.out, self.settings | counts)
 
 
-def _default_workers(encoder: Encoder) -> int:
+def _default_workers(encoder: "Encoder") -> int:
     "One thread beside a CPU, which decoding would slow, and one per core beside a GPU."
     if torch.device(encoder.device).type == "cpu":
         return 1
@@ -426,7 +434,7 @@ def _default_workers(encoder: Encoder) -> int:
 # %% ../nbs/core/05b_extraction.ipynb #c022
 def extract(
     images: pd.DataFrame | Sequence[str | Path],  # paths, or a table with id, path and, for queries, box
-    encoder: Encoder,  # describes the patches
+    encoder: "Encoder",  # describes the patches
     regions: Regions,  # which boxes of each image
     out: str | Path,  # folder of the store; "{key}" in it stands for the hash of all settings
     root: str | Path = "",  # folder that the paths are relative to

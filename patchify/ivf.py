@@ -23,7 +23,7 @@ CODES_AT_ONCE = 2**21  # scores of visited codes that are held at a time
 
 @dataclass(eq=False)
 class IVFPQIndex(PQIndex):
-    "Inverted lists of codes of residuals: `IVFPQIndex(n_lists=256).train(gallery, levels).add(gallery).search(queries)`."
+    "Inverted lists of codes: `IVFPQIndex(n_lists=256).train(gallery, levels).add(gallery).search(queries)`."
 
     n_lists: int = 256  # coarse centroids (FAISS nlist)
     n_probe: int | None = None  # lists a query visits (FAISS nprobe), None = all; may be changed between searches
@@ -68,7 +68,8 @@ class IVFPQIndex(PQIndex):
         self.core.nprobe = self.check_probe()
         visited = self.core.nprobe / self.n_lists
         if LOOKUP * len(queries) * visited >= DECODING + len(queries):
-            return rank_images(decoded_parts(self, queries, probed_lists(self.core, queries) if visited < 1 else None), k)
+            probed = probed_lists(self.core, queries) if visited < 1 else None
+            return rank_images(decoded_parts(self, queries, probed), k)
         if 8 * k < len(self):
             return scan_top(self, queries, k)
         some = max(1, int(CODES_AT_ONCE / (self.core.ntotal * visited)))
@@ -103,7 +104,7 @@ def scan_top(
     queries: torch.Tensor,  # (Q, D), rotated as the codes are
     k: int,
 ) -> SearchResult:  # (Q, k) rows of the index
-    "The k best images by scanning the visited lists, in memory proportional to Q k. Images not reached come last, at -inf."
+    "The k best images by scanning the visited lists, in memory proportional to Q k. Images not reached come last."
     vectors = queries.cpu().numpy()
     sign = 1 if index.metric == "ip" else -1
 

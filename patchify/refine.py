@@ -16,7 +16,7 @@ from .search import ExactIndex, SearchResult, as_blocks, as_gallery_ids
 def rescore(
     result: SearchResult,  # of a compressed index, (Q, K)
     queries: np.ndarray,  # (Q, D) as they were searched
-    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks, may be memory maps: the patches that were indexed
+    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks, may be memory maps: what was indexed
     gallery_ids: np.ndarray | None = None,  # (n,) rising gallery indices of the descriptors, None = 0..n-1
     n: int = 100,  # images per query to score again
 ) -> SearchResult:  # (Q, K)
@@ -43,12 +43,18 @@ def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     rows = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
     unknown = wanted[ids[rows] != wanted]
     if len(unknown):
-        raise ValueError(f"descriptors hold no gallery image {unknown[0]}, which the result lists: pass those that were indexed")
+        raise ValueError(f"descriptors hold no gallery image {unknown[0]}, "
+                         "which the result lists: pass what was indexed")
     return rows
 
 
-def _exact_scores(blocks: list, rows: np.ndarray, queries: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Best score and patch of each (query, row) pair: (T,), (T,). Reads the rows in their order on disk."
+def _exact_scores(
+    blocks: list[np.ndarray],
+    rows: np.ndarray,  # (T,) images
+    queries: np.ndarray,  # (Q, D)
+    query: np.ndarray,  # (T,) the query of each image
+) -> tuple[np.ndarray, np.ndarray]:  # (T,) best score, (T,) its patch
+    "Score each image for its query. Reads the images in their order on disk."
     n_patches, dim = blocks[0].shape[1:]
     scores = np.empty(len(rows), np.float32)
     patches = np.empty(len(rows), np.int64)
@@ -58,21 +64,21 @@ def _exact_scores(blocks: list, rows: np.ndarray, queries: np.ndarray, query: np
         images = _read_rows(blocks, some)
         if not np.isfinite(images).all():
             raise ValueError("descriptors to rescore with hold NaN or infinity")
-        products = np.einsum("tpd,td->tp", images[position], queries[query[pairs]])  # adds up every sum in the same order
+        products = np.einsum("tpd,td->tp", images[position], queries[query[pairs]])  # adds up all sums in one order
         patches[pairs] = products.argmax(axis=1)
         scores[pairs] = products.max(axis=1)
     return scores, patches
 
 
-def _read_rows(blocks: list, rows: np.ndarray, patches: np.ndarray | slice = slice(None)) -> np.ndarray:
+def _read_rows(blocks: list[np.ndarray], rows: np.ndarray, patches: np.ndarray | None = None) -> np.ndarray:
     "Descriptors of some images, (T, P, D), or of one patch of each, (T, D): float32."
     starts = np.cumsum([0, *map(len, blocks)])
     owner = np.searchsorted(starts, rows, side="right") - 1
-    shape = (len(rows), blocks[0].shape[2]) if isinstance(patches, np.ndarray) else (len(rows), *blocks[0].shape[1:])
-    found = np.empty(shape, np.float32)
+    found = np.empty((len(rows), *blocks[0].shape[1 if patches is None else 2:]), np.float32)
     for block in np.unique(owner):
         here = owner == block
-        found[here] = blocks[block][rows[here] - starts[block], patches[here] if isinstance(patches, np.ndarray) else patches]
+        local = rows[here] - starts[block]
+        found[here] = blocks[block][local] if patches is None else blocks[block][local, patches[here]]
     return found
 
 

@@ -86,7 +86,7 @@ def best_patches(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Q, b) float32 image scores, (Q, b) int32 winning patch
     "Score of each image and the patch that gave it, the lower one in a tie: (Q, b, P) -> (Q, b), (Q, b)."
     n_patches = scores.shape[2]
-    picture = scores.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, Q, b, P), with strides that PyTorch reads as channels-last
+    picture = scores.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, Q, b, P), read as channels-last
     best, where = F.max_pool2d(picture, (1, n_patches), return_indices=True)
     return best[0, :, :, 0], (where[0, :, :, 0] % n_patches).int()
 
@@ -136,7 +136,7 @@ def rank_images(
 
 # %% ../nbs/core/06_search.ipynb #c024
 def as_blocks(
-    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or consecutive blocks; float32 or float16, may be memory maps
+    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks of it; float32 or float16, may be memory maps
 ) -> list[np.ndarray]:  # blocks (n_i, P, D), untouched
     "The gallery as a list of blocks that agree in patches and dimension."
     blocks = [descriptors] if hasattr(descriptors, "ndim") else list(descriptors)
@@ -157,26 +157,27 @@ def read_blocks(
     check: bool = True,  # refuse NaN and infinity
 ) -> Iterator[torch.Tensor]:  # (b, P, D) float32, b <= images; read-only
     "Walk through a gallery in float32 pieces of one size, across the borders of its blocks."
-    ends = np.cumsum([len(stored) for stored in blocks])
-    for first in range(0, ends[-1], images):
-        last = min(first + images, ends[-1])
-        touched = range(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
-        starts = ends - [len(stored) for stored in blocks]
-        parts = [blocks[i][max(0, first - starts[i]):last - starts[i]] for i in touched]
-        piece = _as_tensor(parts[0] if len(parts) == 1 else np.concatenate(parts)).float()
+    n = sum(map(len, blocks))
+    for first in range(0, n, images):
+        piece = _read(blocks, first, min(first + images, n))
         if check and not piece.sum().isfinite():
             bad = first + int((~piece.isfinite()).flatten(1).any(1).int().argmax())
             raise ValueError(f"descriptors of gallery image {bad} hold NaN or infinity")
         yield piece
 
 
-def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    "A tensor over the same memory, which nobody here writes to."
-    if min(array.strides) < 0:
-        array = np.ascontiguousarray(array)
+def _read(blocks: list[np.ndarray], first: int, last: int) -> torch.Tensor:
+    "Images first..last, (last - first, P, D) float32. What lies in one float32 block is not copied: read-only."
+    ends = np.cumsum([len(stored) for stored in blocks])
+    touched = range(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
+    starts = ends - [len(stored) for stored in blocks]
+    parts = [blocks[i][max(0, first - starts[i]):last - starts[i]] for i in touched]
+    stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if min(stored.strides) < 0:
+        stored = np.ascontiguousarray(stored)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        return torch.from_numpy(stored).float()
 
 # %% ../nbs/core/06_search.ipynb #c030
 QUERIES = 2048  # queries scored at a time
@@ -241,7 +242,7 @@ class ExactIndex(ImageIndex):
 
     def __init__(
         self,
-        descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or consecutive blocks; float32 or float16, may be memory maps
+        descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks; float32 or float16, may be memory maps
         gallery_ids: np.ndarray | None = None,  # (n,) rising gallery indices, None = 0..n-1
         device: str | None = None,  # torch device that computes, None = cuda where there is one
     ):
@@ -259,7 +260,10 @@ class ExactIndex(ImageIndex):
         "Scores of consecutive blocks, each small enough for the processor's cache."
         images = block_images(len(queries), self.n_patches, self.dim, self.device)
         for block in read_blocks(self.blocks, images, check=not self.checked):
-            yield best_patches(patch_scores(block.to(self.device), queries, images))
+            new = len(block)
+            if new < images <= len(self):
+                block = _read(self.blocks, len(self) - images, len(self))
+            yield best_patches(patch_scores(block.to(self.device), queries, images)[:, -new:])
         self.checked = True
 
 

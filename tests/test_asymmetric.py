@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
-from patchify.descriptors.raml import PRESETS, Preset, absolute_loss, distillation_loss, distillation_step, relational_loss
+from patchify.descriptors.raml import OneCyclePlan, PRESETS, Preset, absolute_loss, distillation_loss, distillation_step
+from patchify.descriptors.raml import relational_loss
 from patchify.descriptors.students import Student, compare_students, query_cost
 from patchify.descriptors.triplets import batch_positives, sample_negatives, triplet_loss, triplet_step
 from patchify.descriptors.views import CoupledViews, centre_view, draw_views, mix_views, parallel_map, render_views, view_loader
@@ -181,10 +182,38 @@ def open_image(index):
     return Image.fromarray(np.random.default_rng(index).integers(0, 255, (20, 24, 3), dtype=np.uint8))
 
 
-def test_a_student_equal_to_a_size_blind_teacher_has_no_loss():
+@pytest.mark.parametrize("mix", ["dataset", "batch", None])
+def test_a_student_equal_to_a_size_blind_teacher_has_no_loss(mix):
     student = teacher = Head()
-    step = distillation_step(student, teacher, open_image, 5, settings_of())
+    step = distillation_step(student, teacher, open_image, 5, settings_of(), mix)
     assert float(step(0, np.random.default_rng(0)).detach()) < 1e-3
+
+
+def test_an_epoch_uses_every_image_once():
+    opened = []
+
+    def spy(index):
+        opened.append(index)
+        return open_image(index)
+
+    step = distillation_step(Head(), Head(), spy, 6, settings_of(accumulate=3, batch=2), mix=None)
+    for draw in range(6):
+        step(draw, np.random.default_rng(draw))
+    assert sorted(opened[:6]) == sorted(opened[6:]) == list(range(6)) and opened[:6] != opened[6:]
+
+
+def test_partners_come_from_all_training_images():
+    opened = []
+
+    def spy(index):
+        opened.append(index)
+        return open_image(index)
+
+    step = distillation_step(Head(), Head(), spy, 40, settings_of(batch=2, views=8))
+    step(0, np.random.default_rng(0))
+    assert len(opened) == 2 + 2 * 8 and len(set(opened[2:])) > 8
+    with pytest.raises(ValueError, match="mix must be"):
+        distillation_step(Head(), Head(), spy, 40, settings_of(), mix="all")
 
 
 def test_distillation_learns_and_resumes_bit_for_bit(tmp_path):
@@ -232,8 +261,45 @@ def test_presets_are_the_published_ones():
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_a_preset_is_a_whole_run(preset):
     plan = preset.plan(seed=3)
-    assert plan.steps * plan.accumulate * preset.batch == preset.epochs * preset.images_per_epoch and plan.seed == 3
-    assert plan.rate(plan.warmup) == preset.learning_rate and plan.weight_decay == preset.weight_decay and plan.optimizer == "adamw"
+    assert plan.steps * plan.accumulate * preset.batch == preset.epochs * preset.images_per_epoch
+    assert (plan.seed, plan.weight_decay, plan.optimizer) == (3, preset.weight_decay, "adamw")
+    assert plan.rate(0) == pytest.approx(preset.learning_rate / 10)
+    assert max(map(plan.rate, range(plan.steps))) == pytest.approx(preset.learning_rate)
+
+
+@pytest.mark.parametrize("images, steps, cycle", [(59551, 40, 40), (8054, 40, 40), (5864, 29, 30), (60, 1, 1)])
+def test_an_epoch_has_at_most_8000_images(images, steps, cycle):
+    plan = PRESETS["cub"].plan(images)
+    assert (plan.steps, plan.cycle) == (200 * steps, 200 * cycle)
+
+
+@pytest.mark.parametrize("total", [10, 57, 400])
+def test_one_cycle_is_that_of_torch(total):
+    plan = OneCyclePlan(total, 0.01)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, div_factor=10, total_steps=total)
+    for step in range(total):
+        group, options = optimizer.param_groups[0], plan.options(step)
+        assert options["lr"] == pytest.approx(group["lr"]) and options["betas"] == pytest.approx(group["betas"])
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+
+
+def test_the_loop_cycles_the_momentum():
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append((self.param_groups[0]["lr"], self.param_groups[0]["betas"][0]))
+            return super().step(closure)
+
+    student, plan = Head(), OneCyclePlan(10, 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Spy)
+        train(student, lambda draw, rng: student.linear.weight.square().sum(), plan)
+    assert seen == [(plan.rate(step), plan.options(step)["betas"][0]) for step in range(10)]
+    assert seen[0][1] == 0.95 and min(momentum for _, momentum in seen) == pytest.approx(0.85)
 
 
 def test_views_of_many_images_are_seeded_and_in_order():
@@ -281,11 +347,13 @@ def test_the_published_run_of_raml_starts(tmp_path):
     torch.manual_seed(0)
     backbone = FeatureMap(timm.create_model("lcnet_035", num_classes=0))
     teacher = DescriptorNet(backbone, PoolHead(backbone.channels, 16)).eval()
-    train(teacher, triplet_step(teacher, view_loader(look, preset.gallery_size), rows["label"], classes=2, each=2), TrainingPlan(1, 1e-4))
+    views = view_loader(look, preset.gallery_size, jitter=0.0)
+    train(teacher, triplet_step(teacher, views, rows["label"], classes=2, each=2), TrainingPlan(1, 1e-4))
     student = copy.deepcopy(teacher)
     teacher.requires_grad_(False)
     first = student.head.whiten.weight.detach().clone()
-    losses = train(student, distillation_step(student, teacher, look, len(rows), preset), preset.plan(), tmp_path / "student.safetensors")
+    step = distillation_step(student, teacher, look, len(rows), preset)
+    losses = train(student, step, preset.plan(), tmp_path / "student.safetensors")
     assert (preset.query_size, preset.gallery_size) == (224, 448) and len(losses) == 2 and np.isfinite(losses).all()
     assert not torch.equal(student.head.whiten.weight, first) and torch.equal(teacher.head.whiten.weight, first)
 
@@ -301,6 +369,20 @@ def test_a_student_is_a_trainable_copy_and_leaves_its_teacher_alone():
     assert torch.equal(teacher(images), reference) and not torch.allclose(student(images).detach(), reference, atol=1e-4)
     frozen = student.as_encoder(torch.float32)
     assert frozen.size == 32 and frozen.dim == teacher.dim and frozen.fingerprint != before and not frozen.model.training
+
+
+def test_students_of_other_architectures_are_compared_by_cost():
+    torch.manual_seed(0)
+    model = timm.create_model("lcnet_050", num_classes=8)
+    teacher = Encoder(model, "teacher", 48, (0.5,) * 3, (0.25,) * 3, dtype=torch.float32)
+    students = {"small net": Student(teacher, architecture="lcnet_035"), "same": Student(teacher), "small input": Student(teacher, 24)}
+    assert all(p.requires_grad for p in students["small net"].parameters())
+    table = compare_students(students, lambda encoder: encoder.size, repeats=1).set_index("name")
+    assert table.index[-1] == "same" and table["flops"].is_monotonic_increasing
+    assert table["score"].to_dict() == {"small net": 48, "same": 48, "small input": 24}
+    assert table["parameters"]["same"] == table["parameters"]["small input"] > table["parameters"]["small net"]
+    with pytest.raises(ValueError, match="shared must be 0"):
+        Student(teacher, shared=1, architecture="lcnet_035")
 
 
 def test_a_transformer_can_be_taught_at_another_size():

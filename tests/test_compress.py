@@ -13,7 +13,11 @@ import torch
 
 from patchify import compress as module
 from patchify import files, indexfiles, ivf
+from patchify.boxes import Regions
 from patchify.compress import PQIndex, decoded_parts, memory, recall, train_quantiser, training_patches, training_vectors
+from patchify.data.registry import load
+from patchify.encoder import load_encoder
+from patchify.evaluate import describe, rank
 from patchify.indexfiles import merge_indexes, open_index, save_index
 from patchify.ivf import IVFPQIndex, probed_lists, scan_all, scan_top
 from patchify.search import ExactIndex, SearchResult, merge, rank_images
@@ -365,3 +369,132 @@ def test_merged_ranking_of_exact_and_compressed_have_one_shape(gallery, queries)
     a, b = ExactIndex(gallery).search(queries, 20), made(PQIndex, gallery).search(queries, 20)
     assert all(getattr(a, name).shape == getattr(b, name).shape for name in FIELDS)
     assert isinstance(rank_images([(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32))]), SearchResult)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("opq", [False, True])
+@pytest.mark.parametrize("n_probe", [1, 2, 5])
+@pytest.mark.parametrize("k", [1, 3, 18, 60, N + 9])
+def test_few_images_are_the_first_of_all_images(metric, opq, n_probe, k, gallery, queries, monkeypatch):
+    "With few images and few visited lists the scan is bounded; with all images it fills a table."
+    twins = gallery.copy()
+    twins[[30, 90]] = twins[3]
+    twins[:, 4] = twins[:, 1]
+    index = made(IVFPQIndex, twins, metric=metric, opq=opq, n_probe=n_probe, n_iter=4)
+    whole, calls = index.search(queries), []
+    monkeypatch.setattr(ivf, "scan_top", lambda *a: calls.append(a) or scan_top(*a))
+    assert_same(index.search(queries, k), top(whole, k))
+    assert len(calls) == (8 * k < N)
+
+
+def test_lists_of_patches_are_bounded_whatever_k(gallery, queries, monkeypatch):
+    from patchify import flat
+
+    index = made(IVFPQIndex, gallery, n_probe=3)
+    whole, sizes = index.search(queries), []
+    group = flat.group_patches
+    monkeypatch.setattr(flat, "PATCHES_AT_ONCE", 200)
+    monkeypatch.setattr(flat, "group_patches", lambda values, *a: sizes.append(values.size) or group(values, *a))
+    index.core.nprobe = 3
+    assert_same(scan_top(index, torch.from_numpy(queries), 40), top(whole, 40))
+    assert max(sizes) <= max(200, N * P), "at most the limit, or a single query"
+
+
+def test_tables_of_all_images_are_made_for_a_few_queries_at_a_time(gallery, queries, monkeypatch):
+    index = made(IVFPQIndex, gallery, n_probe=4)
+    before, widths = index.search(queries), []
+    monkeypatch.setattr(ivf, "CODES_AT_ONCE", 2.5 * N * P / 4)
+    monkeypatch.setattr(ivf, "scan_all", lambda index, part: widths.append(len(part)) or scan_all(index, part))
+    assert_same(index.search(queries), before)
+    assert widths == [2] * (Q // 2)
+
+
+def test_a_sample_of_billions_of_rows_takes_no_memory_for_the_others():
+    "Three billion patches: a list of their rows alone would need 24 GB."
+    one = np.arange(30, dtype=np.float32).reshape(1, 30, 1)
+    huge = np.lib.stride_tricks.as_strided(one, (10**8, 30, 1), (0, 4, 4))
+    drawn = training_vectors([huge, huge[:10]], np.arange(30), 30_000)
+    assert drawn.shape == (30_000, 1)
+    counts = np.bincount(drawn[:, 0].astype(int), minlength=30)
+    assert (np.abs(counts - 1000) < 200).all(), "all patches alike"
+
+
+def test_the_sample_is_even_and_depends_on_the_seed():
+    gallery = np.arange(1000, dtype=np.float32).reshape(200, 5, 1)
+    a, b = (training_vectors([gallery], np.arange(5), 100, seed)[:, 0] for seed in (0, 1))
+    assert (a // 10 == np.arange(100)).all() and (b // 10 == np.arange(100)).all() and (a != b).any()
+
+
+@pytest.mark.parametrize("lists, points", [(16_384, 256), (16_385, 50)])
+def test_many_lists_get_fewer_training_vectors_each(lists, points, gallery, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "training_vectors", lambda blocks, patches, limit, seed: asked.append(limit) or np.zeros((lists, D), np.float32))
+    monkeypatch.setattr(module, "train_quantiser", lambda *a: asked.append(a) or a[0])
+    IVFPQIndex(6, 4, n_lists=lists).train(gallery)
+    assert asked[0] == points * lists and asked[1][3:] == (256, 0, points)
+    asked.clear()
+    IVFPQIndex(6, 4, n_lists=lists, points_per_centroid=7).train(gallery)
+    assert asked[0] == 7 * lists and asked[1][3:] == (7, 0, 7)
+
+
+def fill(trained, path, images, ids):
+    "What one process does: open the trained index, add its images, save its part."
+    return save_index(open_index(trained).add(images, ids), path)
+
+
+@pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
+@pytest.mark.parametrize("opq", [False, True])
+def test_merged_parts_equal_one_process_byte_for_byte(kind, opq, gallery, queries, tmp_path):
+    extra = {"n_lists": 16, "n_probe": 3} if kind is IVFPQIndex else {}
+    trained = save_index(kind(6, 5, n_iter=3, opq=opq, **extra).train(gallery[::2]), tmp_path / "trained")
+    ids = np.arange(N) * 2 + 5
+    single = fill(trained, tmp_path / "single", gallery, ids).read_bytes()
+    cuts = [0, 40, 41, 120, N]
+    parts = [fill(trained, tmp_path / f"{a}", gallery[a:b], ids[a:b]) for a, b in zip(cuts, cuts[1:])]
+    before = [part.read_bytes() for part in parts]
+    for order in (parts, [*parts[::-1], trained]):
+        assert save_index(merge_indexes(order), tmp_path / "merged").read_bytes() == single
+    assert [part.read_bytes() for part in parts] == before, "the parts stay as they are"
+    assert len(merge_indexes([trained, trained])) == 0
+    found = merge([open_index(part).search(queries, 9) for part in parts], 9)
+    if kind is IVFPQIndex:
+        assert_same(found, open_index(tmp_path / "merged").search(queries, 9))
+
+
+def test_another_process_fills_a_part(gallery, tmp_path):
+    trained = save_index(IVFPQIndex(6, 5, n_lists=16, n_iter=3).train(gallery), tmp_path / "trained")
+    single = fill(trained, tmp_path / "single", gallery, None).read_bytes()
+    here, there = np.split(np.arange(N), 2)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        job = pool.submit(fill, trained, tmp_path / "there", gallery[there], there)
+        parts = [fill(trained, tmp_path / "here", gallery[here], here), job.result()]
+    assert save_index(merge_indexes(parts), tmp_path / "merged").read_bytes() == single
+
+
+@pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
+def test_parts_that_do_not_fit_are_refused(kind, gallery, tmp_path):
+    a, other = (save_index(made(kind, gallery, seed=seed), tmp_path / str(seed)) for seed in (0, 1))
+    retrained = save_index(made(kind, gallery[1:]), tmp_path / "again")
+    for b in (other, retrained):
+        with pytest.raises(ValueError, match=f"{b} and {a} were trained separately"):
+            merge_indexes([a, b])
+    with pytest.raises(ValueError, match="overlap: each part needs its own range"):
+        merge_indexes([a, a])
+    with pytest.raises(ValueError, match="parts to merge are missing"):
+        merge_indexes([])
+
+
+def test_rank_rescores_the_first_images(data):
+    described = describe(load("tiny", data), load_encoder("mini", device="cpu"), Regions("pyramid", 3), data / "stores")
+    codes = PQIndex(n_subvectors=8, n_bits=3, n_iter=3).train(described.gallery.descriptors())
+
+    def build(blocks, rows):
+        return open_index(save_index(codes, data / "rescored.index")).add(blocks, rows)
+
+    exact, coarse = rank(described).result, rank(described, index=build).result
+    every = rank(described, index=build, rescore_top=len(described.gallery)).result
+    np.testing.assert_allclose(every.scores, exact.scores, atol=1e-5)
+    some = rank(described, index=build, rescore_top=3).result
+    np.testing.assert_array_equal(np.sort(some.ranks[:, :3]), np.sort(coarse.ranks[:, :3]))
+    np.testing.assert_array_equal(some.ranks[:, 3:], coarse.ranks[:, 3:])
+    assert recall(some, exact, 1).mean() > recall(coarse, exact, 1).mean()

@@ -73,7 +73,7 @@ def rmac(
     feature_map: Tensor,  # (B, C, h, w)
     levels: int = 3,  # scales of regions
 ) -> Tensor:  # (B, C), not normalised
-    "Sum of the unit MAC vectors of the whole map and of all regions: (B, C, h, w) -> (B, C). R-MAC, Tolias et al. 2016."
+    "Sum of unit MAC vectors, of the whole map and of all regions: (B, C, h, w) -> (B, C). Tolias et al. 2016."
     total = unit(mac(feature_map))
     for top, left, side in rmac_regions(*feature_map.shape[2:], levels):
         total = total + unit(mac(feature_map[:, :, top : top + side, left : left + side]))

@@ -63,7 +63,7 @@ class Student(nn.Module):
         teacher: Encoder,  # whose space is learned
         size: int | None = None,  # side of the square input, pixels; None: the teacher's
         shared: int = 0,  # stages at the end that stay the teacher's, untrained, with all that follows them
-        architecture: str | None = None,  # None: a copy of the teacher; else a timm model that starts from random weights
+        architecture: str | None = None,  # None: a copy of the teacher; else a timm model with random weights
     ):
         super().__init__()
         self.size = size or teacher.size

@@ -129,7 +129,7 @@ class TokenStages:
 
 
 class TokenHead(nn.Module):
-    "Visual tokens and their refinement: (B, C, h, w) -> (B, dim), not normalised. The defaults are the published model."
+    "Visual tokens and their refinement: (B, C, h, w) -> (B, dim), not normalised. Defaults: the published model."
 
     def __init__(
         self,

@@ -31,11 +31,11 @@ def draw_views(
     height: int,  # of the original image, pixels
     count: int,  # P, views to draw
     rng: np.random.Generator,  # source of all randomness
-    jitter: float | tuple[float, ...] = 0.4,  # brightness, contrast, saturation; hue a quarter of it; or all four values
+    jitter: float | tuple[float, ...] = 0.4,  # brightness, contrast, saturation, a quarter for hue; or all four
     area: tuple[float, float] = (0.08, 1.0),  # smallest and largest share of the image
     coloured: float = 1.0,  # share of the views whose colours change; Token uses 0.8
 ) -> CoupledViews:
-    "Random region, flip and colours of each view. Regions as in Inception training, aspect 3:4 to 4:3. RAML, section 4."
+    "Random region (aspect 3:4 to 4:3, as in Inception training), flip and colours of each view. RAML, section 4."
     boxes = np.array([_random_region(width, height, rng, area) for _ in range(count)], np.float32).reshape(-1, 4)
     strength = np.array(jitter if isinstance(jitter, tuple) else (jitter, jitter, jitter, jitter / 4))
     unchanged = np.array([1, 1, 1, 0])
@@ -50,7 +50,7 @@ def draw_views(
 def _random_region(
     width: int, height: int, rng: np.random.Generator, area: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    "A box of random area and aspect inside the image; after ten draws that do not fit, the largest allowed centred box."
+    "A box of random area and aspect inside the image; if ten draws do not fit, the largest allowed centred box."
     for _ in range(10):
         pixels = width * height * rng.uniform(*area)
         aspect = np.exp(rng.uniform(-1, 1) * np.log(4 / 3))

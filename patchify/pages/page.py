@@ -54,7 +54,8 @@ def hardware() -> str:
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def provenance(
@@ -121,7 +122,7 @@ def _banner(benchmark: object, encoder: object) -> str:
     ]
     protocol = getattr(benchmark, "protocol", None)
     if protocol is not None:
-        facts.append(("mAP", f"{protocol.score} by the protocol {protocol.name}"))
+        facts.append(("Score", f"{protocol.score}, protocol {protocol.name}"))
     if benchmark.name in ("mini", "tiny"):
         facts.append(("Caveat", "synthetic images; the numbers say nothing about photographs"))
     line = " · ".join(f"<b>{label}</b> {html.escape(text)}" for label, text in facts)
@@ -212,7 +213,8 @@ class Page:
         fig.savefig(self.out / file, metadata=metadata, dpi=200 if pictures else "figure")
         plt.close(fig)
         text = html.escape(caption)
-        display(HTML(f'<figure><img src="{file}" alt="{text}"><figcaption>{text}</figcaption></figure>'))
+        image = f'<div class=wide tabindex=0><img src="{file}" alt="{text}" width="{round(100 * fig.get_figwidth())}"></div>'
+        display(HTML(f"<figure>{image}<figcaption>{text}</figcaption></figure>"))
 
     def say(self, text: str) -> None:
         "A paragraph that the page writes itself, its numbers taken from what was computed."

@@ -73,14 +73,15 @@ def library_notebook(
     folder, _, name = LIBRARY.get(experiment, "none/none").partition("/")
     return next(iter(sorted(Path(notebooks).glob(f"{folder}/*_{name}.ipynb"))), None)
 
-
+# %% ../../nbs/pages/74_report.ipynb #c015
 class ExperimentFailed(RuntimeError):
     "A cell of an experiment raised; the message says page, cell and error."
 
 
 def _links(notebook: Path, out: Path) -> dict[str, str]:
     "From a page to its notebook and to the library notebook that explains the idea."
-    targets = {"this page's notebook": notebook, "the idea explained": library_notebook(notebook.stem, notebook.parent.parent)}
+    explained = library_notebook(notebook.stem, notebook.parent.parent)
+    targets = {"this page's notebook": notebook, "the idea explained": explained}
     return {label: Path(os.path.relpath(file, out)).as_posix() for label, file in targets.items() if file}
 
 
@@ -127,7 +128,7 @@ def _swap_in(side: Path, out: Path, name: str) -> None:
         if old.name not in fresh:
             old.unlink()
 
-# %% ../../nbs/pages/74_report.ipynb #c013
+# %% ../../nbs/pages/74_report.ipynb #c016
 def run_experiment(
     notebook: str | Path,  # an experiment notebook
     out: str | Path,  # folder of the run
@@ -149,7 +150,7 @@ def run_experiment(
         shutil.rmtree(side, ignore_errors=True)
     return out / f"{notebook.stem}.html"
 
-# %% ../../nbs/pages/74_report.ipynb #c021
+# %% ../../nbs/pages/74_report.ipynb #c022
 LONG = ("reranking", "token", "asymmetric", "mini_encoder")  # minutes each, so they run only by name
 
 
@@ -181,7 +182,7 @@ def _choose(
             _check_value(taker, name, value, declared[taker][name]["default"])
     return declared
 
-# %% ../../nbs/pages/74_report.ipynb #c024
+# %% ../../nbs/pages/74_report.ipynb #c025
 def run_reports(
     run: str,  # name of the run, its folder under reports/
     parameters: dict,  # shared by all experiments: dataset, backbone, ...; each receives those it declares

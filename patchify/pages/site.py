@@ -53,9 +53,10 @@ padding:.7rem .9rem;border-radius:6px;margin:.3rem 0}
 background:var(--panel);display:block}
 .page:hover{border-color:var(--accent)}.page b{color:var(--accent);line-height:1.3;display:block}
 .page p{margin:.4rem 0 0;font-size:.9rem}
-.page img{height:10rem;width:100%;object-fit:contain;background:#fff;border-radius:5px;margin-bottom:.5rem}
+.page img{aspect-ratio:5/2;width:100%;object-fit:contain;background:#fff;border-radius:5px;margin-bottom:.5rem}
 .k,.kn,.ow,.kc{color:#8250df}.s1,.s2,.sa,.si{color:var(--good)}.c1{color:var(--soft)}
-@media (max-width:480px){body{padding:.8rem}h1{font-size:1.4rem}.finding .result{font-size:1.05rem}}
+@media (max-width:480px){figure .wide{overflow-x:auto}figure .wide img{min-width:40rem;max-width:none}
+body{padding:.8rem}h1{font-size:1.4rem}.finding .result{font-size:1.05rem}}
 @media print{body{max-width:none;background:#fff;color:#000}nav,.code{display:none}
 figure,.finding{break-inside:avoid}}
 """
@@ -183,7 +184,7 @@ def _pages(run: Path) -> list[dict]:
 def _card(run: Path, page: dict) -> str:
     "One page's card: first picture, title, finding."
     link = html.escape(f"{run.name}/{page['name']}", quote=True)
-    shown = re.search('<figure><img src="([^"]+)"', (run / f"{page['name']}.html").read_text())
+    shown = re.search('<figure>.*?<img src="([^"]+)"', (run / f"{page['name']}.html").read_text())
     picture = f'<img src="{html.escape(run.name, quote=True)}/{shown[1]}" alt="" loading=lazy>' if shown else ""
     line = page["line"][:1].upper() + page["line"][1:]
     return (

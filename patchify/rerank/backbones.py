@@ -63,9 +63,9 @@ class DINOv2(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         height, width = images.shape[2:]
         if height % self.patch or width % self.patch:
-            raise ValueError(f"DINOv2 reads images whose sides are multiples of {self.patch} pixels, got {height} x {width}")
-        tokens = self.vit.forward_features(images)                                   # (B, 1 + registers + h w, D), normalised
-        places = tokens[:, self.vit.num_prefix_tokens:].transpose(1, 2)              # (B, D, h w)
+            raise ValueError(f"the sides must be multiples of {self.patch} pixels, got {height} x {width}")
+        tokens = self.vit.forward_features(images)                            # (B, 1 + registers + h w, D), normalised
+        places = tokens[:, self.vit.num_prefix_tokens:].transpose(1, 2)       # (B, D, h w)
         return places.unflatten(2, (height // self.patch, width // self.patch)), tokens[:, 0]
 
 
@@ -76,14 +76,17 @@ def load_dinov2(
     "Load DINOv2 with registers from the file of its authors; any width, depth and patch."
     source = "the weights" if isinstance(weights, dict) else weights
     weights = dict(weights if isinstance(weights, dict) else read_weights(weights))
-    missing = [name for name in ("pos_embed", "register_tokens", "cls_token", "patch_embed.proj.weight") if name not in weights]
+    needed = ("pos_embed", "register_tokens", "cls_token", "patch_embed.proj.weight")
+    missing = [name for name in needed if name not in weights]
     if missing:
         raise ValueError(f"{source} is no DINOv2 with registers: {missing[0]} is missing")
     positions = weights["pos_embed"]
     grid = round((positions.shape[1] - 1) ** 0.5)
     registers = weights.pop("register_tokens")
     weights.pop("mask_token", None)
-    weights |= {"reg_token": registers, "pos_embed": positions[:, 1:], "cls_token": weights["cls_token"] + positions[:, :1]}
+    weights["reg_token"] = registers
+    weights["pos_embed"] = positions[:, 1:]
+    weights["cls_token"] = weights["cls_token"] + positions[:, :1]
     dim, _, _, patch = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     model = DINOv2(dim, depth, heads or dim // 64, patch, grid, registers.shape[1])
@@ -161,10 +164,12 @@ def load_cvnet(
     source = "the weights" if isinstance(weights, dict) else weights
     weights = weights if isinstance(weights, dict) else read_weights(weights)
     prefix = "encoder_q."
-    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)} or dict(weights)
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    own = own or dict(weights)
     missing = [name for name in ("stem.conv.weight", "head.fc.weight", "s4.b1.f.a.weight") if name not in own]
     if missing:
         raise ValueError(f"{source} is no CVNet checkpoint: {missing[0]} is missing, with or without {prefix}")
-    depths = [len({name.split(".")[1] for name in own if name.startswith(f"s{stage}.")}) for stage in (1, 2, 3, 4)]
-    model = CVNet(tuple(depths), own["stem.conv.weight"].shape[0], own["head.fc.weight"].shape[0])
+    blocks = {tuple(name.split(".")[:2]) for name in own}
+    depths = tuple(sum(stage == f"s{number}" for stage, _ in blocks) for number in (1, 2, 3, 4))
+    model = CVNet(depths, own["stem.conv.weight"].shape[0], own["head.fc.weight"].shape[0])
     return load_strict(model, own, source).eval()

@@ -56,9 +56,11 @@ class ELViS(nn.Module):
         self.iterations = iterations
         self.dust_bin = nn.Parameter(torch.tensor(1.0))
         self.remap_local = nn.Sequential(nn.Linear(local_dim, model_dim), nn.LayerNorm(model_dim))
-        self.f = nn.Sequential(nn.Linear(1, vote_dim), nn.LayerNorm(vote_dim, eps=1e-6), nn.GELU(), nn.Linear(vote_dim, 1))
+        norm = nn.LayerNorm(vote_dim, eps=1e-6)
+        self.f = nn.Sequential(nn.Linear(1, vote_dim), norm, nn.GELU(), nn.Linear(vote_dim, 1))
         self.g = nn.Sequential(nn.Linear(1, logit_dim), nn.GELU(), nn.Linear(logit_dim, 1))
-        self.dust_bin_mlp = nn.Sequential(nn.Linear(model_dim, model_dim), nn.GELU(), nn.Linear(model_dim, 1), nn.Tanh())
+        hidden = nn.Linear(model_dim, model_dim)
+        self.dust_bin_mlp = nn.Sequential(hidden, nn.GELU(), nn.Linear(model_dim, 1), nn.Tanh())
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -124,6 +126,7 @@ class ElvisScorer:
         scores = [np.zeros(0, np.float32)]
         for start in range(0, len(ids), self.batch):
             images = self.gallery.take(ids[start:start + self.batch])
-            part = self.model(one.values.to(device), images.values.to(device), one.valid.to(device), images.valid.to(device))
+            inputs = (one.values, images.values, one.valid, images.valid)
+            part = self.model(*(tensor.to(device) for tensor in inputs))
             scores.append(part.float().cpu().numpy())
         return np.concatenate(scores)

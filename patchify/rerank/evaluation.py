@@ -21,7 +21,8 @@ from ..metrics import average_precisions, precision_at, recall_at
 from .ames import AmesScorer, load_ames
 from .elvis import ElvisScorer, load_elvis
 from .locore import LocoreScorer, load_locore
-from .official import DescriptorFile, Shortlist, read_globals, read_ground_truth, read_listed_images, read_shortlist
+from .official import DescriptorFile, Shortlist, read_globals, read_ground_truth
+from .official import read_listed_images, read_shortlist
 from .shortlist import Scorer, fuse, move_junk_last, score_shortlist
 from .windows import rerank_windows
 from ..retrieval_set import PROTOCOLS, revisited_setups
@@ -33,7 +34,7 @@ from ..statistics import summarize
 class RerankSettings:
     "How a released re-ranker is evaluated."
     system: str  # AMES, LOCORE or ELViS
-    backbone: str  # dinov2, cvnet, or the number of channels
+    backbone: str  # dinov2, cvnet, dinov3, siglip2, or the number of channels
     precision: str  # full precision or binary
     query_top: int  # strongest descriptors of a query that are read
     gallery_top: int  # strongest descriptors of a gallery image that are read
@@ -45,7 +46,13 @@ class RerankSettings:
 
 
 _BACKBONES = {768: "dinov2", 1024: "cvnet"}
-_AMES_FUSION = {("dinov2", False): (0.55, 0.30), ("dinov2", True): (0.35, 0.10), ("cvnet", False): (0.85, 0.80), ("cvnet", True): (0.65, 0.20)}
+_ELVIS_BACKBONES = {768: "dinov2", 1024: "dinov3", 1152: "siglip2"}
+_AMES_FUSION = {  # (backbone, binary) -> weight, gain
+    ("dinov2", False): (0.55, 0.30),
+    ("dinov2", True): (0.35, 0.10),
+    ("cvnet", False): (0.85, 0.80),
+    ("cvnet", True): (0.65, 0.20),
+}
 
 
 def published_settings(
@@ -54,7 +61,8 @@ def published_settings(
     binary: bool = False,  # AMES with binarised descriptors
 ) -> RerankSettings:
     "The settings of the authors' evaluation commands."
-    backbone = _BACKBONES.get(local_dim, f"{local_dim} channels")
+    backbones = _ELVIS_BACKBONES if system == "ELViS" else _BACKBONES
+    backbone = backbones.get(local_dim, f"{local_dim} channels")
     precision = "binary" if binary else "full precision"
     if system == "AMES":
         global_weight, gain = _AMES_FUSION.get((backbone, binary), (0.5, 0.5))
@@ -90,7 +98,8 @@ def recognise(
     other = next((what for name, what in _OTHERS.items() if name in weights), None)
     if other:
         raise ValueError(f"{source} holds {other}; expected a re-ranker: AMES, LOCORE or ELViS")
-    raise ValueError(f"{source} holds no re-ranker of AMES, LOCORE or ELViS; its first tensors are {', '.join(list(weights)[:3])}")
+    first = ", ".join(list(weights)[:3])
+    raise ValueError(f"{source} holds no re-ranker of AMES, LOCORE or ELViS; its first tensors are {first}")
 
 
 def load_reranker(
@@ -114,12 +123,13 @@ class GroundTruth:
         self,
         file: str | Path,  # gnd_*.pkl, or a list of the queries with their classes
         n_gallery: int | None = None,  # to check the image numbers (None: unchecked)
-        gallery_list: str | Path | None = None,  # list of the gallery with its classes (None: the queries are the gallery)
+        gallery_list: str | Path | None = None,  # the gallery with its classes (None: the queries are the gallery)
     ):
         self.file = Path(file)
         self.name = self.file.stem.removeprefix("gnd_")
         self.moved: dict[str, list[np.ndarray]] = {}  # pass -> junk per query
-        self.setups: dict[str, tuple[str, list, list, np.ndarray]] = {}  # setup -> pass, positives, junk, queries that count
+        # setup -> pass, positives per query, junk per query, (Q,) bool queries that count
+        self.setups: dict[str, tuple[str, list, list, np.ndarray]] = {}
         if self.file.suffix == ".txt":
             self._read_classes(gallery_list, n_gallery)
             return
@@ -150,7 +160,8 @@ class GroundTruth:
             if "label" not in table:
                 raise ValueError(f"{file} lists no classes; expected path,class")
         if n_gallery is not None and len(gallery) != n_gallery:
-            raise ValueError(f"{gallery_list or self.file} lists {len(gallery)} images, the descriptors cover {n_gallery}")
+            listed = gallery_list or self.file
+            raise ValueError(f"{listed} lists {len(gallery)} images, the descriptors cover {n_gallery}")
         labels = gallery["label"].to_numpy()
         own = gallery.groupby("path").indices
         junk = [np.asarray(own.get(path, ()), np.int64) for path in queries["path"]]
@@ -169,10 +180,11 @@ class GroundTruth:
         protocol = PROTOCOLS[self.protocol]
         for setup, (one_pass, positives, junk, counted) in self.setups.items():
             listed = ranks[one_pass][:, :protocol.depth]
-            values = {f"mAP@{protocol.depth}" if protocol.depth else "mAP":
-                      average_precisions(listed, positives, junk, listed.shape[1], protocol.ap)}
+            name = f"mAP@{protocol.depth}" if protocol.depth else "mAP"
+            values = {name: average_precisions(listed, positives, junk, listed.shape[1], protocol.ap)}
             values |= {f"mP@{k}": precision_at(listed, positives, k, junk) for k in protocol.precisions}
-            values |= {f"R@{k}": recall_at(listed, positives, k, junk) for k in protocol.recalls if k <= listed.shape[1]}
+            recalls = [k for k in protocol.recalls if k <= listed.shape[1]]
+            values |= {f"R@{k}": recall_at(listed, positives, k, junk) for k in recalls}
             for metric, per_query in values.items():
                 yield setup, metric, np.where(counted, per_query, np.nan)
 
@@ -190,7 +202,8 @@ class RerankReport:
     def to_dict(self) -> dict:  # for json: missing values are None
         "Settings and results as plain data."
         results = self.table.astype(object).where(self.table.notna(), None).to_dict("records")
-        return {"checkpoint": self.checkpoint, "dataset": self.dataset, "settings": asdict(self.settings), "results": results}
+        settings = asdict(self.settings)
+        return {"checkpoint": self.checkpoint, "dataset": self.dataset, "settings": settings, "results": results}
 
 
 def _remember(scorer: Scorer) -> Scorer:
@@ -218,32 +231,36 @@ def _by_row(scorer: Scorer, shortlist: Shortlist) -> Scorer:
 def _beside(descriptors: Path, queries: bool, ending: str) -> Path | None:
     "A sibling of the gallery's descriptor file: the queries' descriptors, or the global descriptors of either side."
     name = descriptors.name.replace("_local.hdf5", ending)
-    names = [name.replace("_gallery", "_query")] if queries else [name]
-    folder = descriptors.parent
-    folders = [folder, folder.with_name(folder.name.split("+")[0]), folder.with_name(folder.name.replace("index", "test"))]
-    found = (place / name for place in folders[:3 if queries else 1] for name in names)
-    return next((file for file in found if file.is_file() and not (queries and file.name == descriptors.name and file.parent == folder)), None)
+    folders = [descriptors.parent]
+    if queries:
+        name = name.replace("_gallery", "_query")
+        plain = descriptors.parent.name.split("+")[0]
+        folders += [descriptors.parent.with_name(plain), descriptors.parent.with_name(plain.replace("index", "test"))]
+    found = [folder / name for folder in folders if (folder / name).is_file()]
+    return next((file for file in found if file != descriptors), None)
 
 
 def _published(settings: RerankSettings, dataset: str, setup: str, metric: str) -> float:
     "What is published for this row, NaN if nothing is."
     table = pd.read_csv(files("patchify") / "published.csv", keep_default_na=False)
-    backbone = table.backbone.isin(["", settings.backbone])
-    name = metric.replace("mAP", "map").replace("R@", "r@").replace("mP@", "mp@")
-    rows = table[(table.system == settings.system) & (table.dataset == dataset) & (table.setting == setup) & (table.metric == name) & backbone]
+    table = table[table.backbone.isin(["", settings.backbone])]
+    wanted = {"system": settings.system, "dataset": dataset, "setting": setup, "metric": metric.lower()}
+    rows = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     return float(rows["value"].iloc[0]) if len(rows) else float("nan")
 
 
-def _open_sides(descriptors: Path, queries: Path | None, vectors: tuple, settings: RerankSettings) -> tuple[DescriptorFile, DescriptorFile]:
+def _open_sides(descriptors: Path, queries: Path, vectors: tuple, settings: RerankSettings) -> list[DescriptorFile]:
     "Query and gallery descriptors, with the global ones that LOCORE reads where there are any."
-    opened = []
-    for file, of_query, given, top in ((queries, True, vectors[0], settings.query_top), (descriptors, False, vectors[1], settings.gallery_top)):
-        local = DescriptorFile(file, top)
-        given = given or (_beside(descriptors, of_query, "_global.pt") if settings.system == "LOCORE" else None)
-        opened.append(replace(local, summary=read_globals(given, len(local))) if given else local)
-    if (opened[0].summary is None) != (opened[1].summary is None):
-        raise ValueError(f"global descriptors were found for only one of {queries} and {descriptors}: pass both files, or neither")
-    return opened[0], opened[1]
+    opened = [DescriptorFile(queries, settings.query_top), DescriptorFile(descriptors, settings.gallery_top)]
+    if settings.system != "LOCORE":
+        return opened
+    beside = [_beside(descriptors, of_query, "_global.pt") for of_query in (True, False)]
+    used = [given or found for given, found in zip(vectors, beside)]
+    if (used[0] is None) != (used[1] is None):
+        raise ValueError(f"global descriptors were found for only one side, in {used[0] or used[1]}: name both files")
+    if used[0] is None:
+        return opened
+    return [replace(side, summary=read_globals(file, len(side))) for side, file in zip(opened, used)]
 
 
 def rerank_files(
@@ -284,26 +301,31 @@ def rerank_files(
     kind = {"AMES": AmesScorer, "LOCORE": LocoreScorer, "ELViS": ElvisScorer}[settings.system]
     scorer = _by_row(kind(model.to(device).eval(), query_file, gallery_file), first)
     scorer = scorer if settings.system == "LOCORE" else _remember(scorer)
-    ranks, raw = {}, {}
+    ranks = {}
+    raw = {}
+    fusion = {"global_weight": settings.global_weight, "gain": settings.gain}
     for one_pass, junk in truth.moved.items():
         cleaned = move_junk_last(first, junk)
         if settings.window:
-            size = {"top_k": settings.top_k, "window": settings.window, "stride": settings.stride}
-            ranks[one_pass] = rerank_windows(cleaned, scorer, **size, global_weight=settings.global_weight, gain=settings.gain).ranks
+            sizes = (settings.top_k, settings.window, settings.stride)
+            ranks[one_pass] = rerank_windows(cleaned, scorer, *sizes, **fusion).ranks
         else:
             raw[one_pass] = score_shortlist(cleaned, scorer, settings.top_k)
-            ranks[one_pass] = fuse(cleaned, raw[one_pass], settings.global_weight, settings.gain).ranks
+            ranks[one_pass] = fuse(cleaned, raw[one_pass], **fusion).ranks
     dataset = f"{truth.name.split('+')[0]}+r1m" if "+1m" in f"{truth.name} {descriptors.parent.name}" else truth.name
     table = _table(truth, first, ranks, settings, dataset)
     return RerankReport(Path(checkpoint).name, dataset, settings, table, ranks, raw)
 
 
-def _table(truth: GroundTruth, first: SearchResult, ranks: dict, settings: RerankSettings, dataset: str) -> pd.DataFrame:
+def _table(
+    truth: GroundTruth, first: SearchResult, ranks: dict[str, np.ndarray], settings: RerankSettings, dataset: str
+) -> pd.DataFrame:
     "One row per number of the protocol, in percent."
     before = truth.measure(dict.fromkeys(ranks, first.ranks))
     rows = []
     for (setup, metric, old), (_, _, new) in zip(before, truth.measure(ranks)):
-        stage, reranked = summarize(100 * old), summarize(100 * new)
+        stage = summarize(100 * old)
+        reranked = summarize(100 * new)
         real = truth.protocol != "medium" or len(truth) == 70  # the two benchmarks have 70 queries each
         published = _published(settings, dataset, setup, metric) if real else float("nan")
         rows.append((setup, metric, stage.mean, reranked.mean, reranked.lo, reranked.hi, published))

@@ -63,7 +63,8 @@ def _block_means(image: np.ndarray, height: int, width: int, rows: int, columns:
     counted[:cut.shape[0], :cut.shape[1], :3] = cut
     counted[:cut.shape[0], :cut.shape[1], 3] = 1
     sums = counted.reshape(height, rows, width, columns, 4).sum((1, 3))
-    total, n = sums[..., :3], sums[..., 3:]
+    total = sums[..., :3]
+    n = sums[..., 3:]
     means = np.rint(total.astype(np.float32) * np.float32(1 / (rows * columns)))
     if rows == columns == 2:
         means = (total + 2) >> 2
@@ -75,20 +76,22 @@ def resize_opencv(
     factors: tuple[float, float],  # width and height are multiplied by these
 ) -> np.ndarray:  # (h, w, 3) uint8
     "cv2.resize with INTER_AREA if a factor is below 1, otherwise with INTER_LINEAR."
-    (height, width), (x, y) = image.shape[:2], factors
+    height, width = image.shape[:2]
+    x, y = factors
     if x == y == 1:
         return image
     new_width = max(int(np.rint(width * x)), 1)
     new_height = max(int(np.rint(height * y)), 1)
-    columns, rows = round(1 / x), round(1 / y)
+    columns = round(1 / x)
+    rows = round(1 / y)
     if x <= 1 and y <= 1 and columns * x == 1 and rows * y == 1:
         resized = _block_means(image, new_height, new_width, rows, columns)
     elif x <= 1 and y <= 1:
         resized = image.astype(np.float32)
         for axis, taps in ((1, _area_taps(width, new_width, x)), (0, _area_taps(height, new_height, y))):
             shape = (-1, 1) if axis else (-1, 1, 1)
-            parts = [np.take(resized, place, axis) * weight.reshape(shape) for place, weight in zip(taps[0].T, taps[1].T)]
-            resized = np.add.reduce(parts)
+            pairs = zip(taps[0].T, taps[1].T)
+            resized = np.add.reduce([np.take(resized, place, axis) * weight.reshape(shape) for place, weight in pairs])
         resized = np.rint(resized)
     else:
         area = x < 1 or y < 1
@@ -159,31 +162,35 @@ class Extractor:
             if not part.size:
                 raise ValueError(f"box {list(box)} has no pixels inside an image of {width} x {height}")
         whole = self.size / max(height, width) if self.size else 1.0
-        tables, weighted, vectors = [], [], []
+        tables = []
+        vectors = {"global": [], "cls": []} if patch else {"global": []}
         for index, scale in enumerate(self.scales):
             factors = scale_factors(*part.shape[:2], scale * whole, patch)
             feature_map, vector = self.backbone(prepare(part, factors)[None].to(device))
             values, weights, pooled = self._detect(feature_map)
             places = self._places(feature_map.shape[2:], factors, patch)
-            columns = [torch.as_tensor(places), torch.full((len(places), 1), index), torch.zeros(len(places), 1), weights[:, None].cpu()]
-            tables.append(torch.cat([*columns, values.cpu()], 1))
-            weighted.append(pooled)
-            vectors.append(F.normalize(vector[0], dim=0))
+            scale_and_mask = torch.tensor([[index, 0.0]]).expand(len(places), 2)
+            tables.append(torch.cat([torch.as_tensor(places), scale_and_mask, weights[:, None].cpu(), values.cpu()], 1))
+            vectors["cls" if patch else "global"].append(F.normalize(vector[0], dim=0))
+            if patch:
+                vectors["global"].append(pooled)
         found = torch.cat(tables).float()
         found = found[found[:, 4].argsort(descending=True, stable=True)[:self.top]]
         table = np.zeros((self.top, found.shape[1]), np.float32)
         table[:len(found)] = found
         table[len(found):, 3] = 1
         if box is not None and patch:  # as the authors write it: the row is scaled by the box's width
-            corner, extent = np.array(box[:2]), np.array(box[2:]) - np.array(box[:2])
+            corner = np.array(box[:2])
+            extent = np.array(box[2:]) - corner
             table[:, :2] = (table[:, :2] * extent + corner) / np.array([width, height])
-        mean = {name: F.normalize(torch.stack(parts).mean(0), dim=0).cpu().numpy() for name, parts in (("a", weighted), ("b", vectors))}
-        return table, {"global": mean["a"], "cls": mean["b"]} if patch else {"global": mean["b"]}
+        means = {name: F.normalize(torch.stack(parts).mean(0), dim=0) for name, parts in vectors.items()}
+        return table, {name: mean.cpu().numpy() for name, mean in means.items()}
 
     def _detect(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Descriptors (h w, C), weights (h w,) and their weighted mean (C,) of one map."
         if self.detector is None:
-            values, weights = feature_map, feature_map.norm(dim=1)
+            values = feature_map
+            weights = feature_map.norm(dim=1)
         else:
             values, weights = self.detector(feature_map)
         pooled = F.normalize((weights[:, None] * values).mean((2, 3))[0], dim=0)

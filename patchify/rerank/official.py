@@ -31,7 +31,8 @@ def _layout(features, path: Path) -> str:
     if features.dtype == np.uint8 and len(shape) == 3:
         return "bits"
     if len(shape) != 3 or shape[2] < 6 or features.dtype.kind != "f":
-        raise ValueError(f"{path} holds {features.dtype} of shape {shape}; expected floats of shape images x descriptors x (5 + C)")
+        found = f"{path} holds {features.dtype} of shape {shape}"
+        raise ValueError(f"{found}; expected floats of shape images x descriptors x (5 + C)")
     return "columns"
 
 
@@ -41,10 +42,11 @@ def _open_virtual(file, path: Path, sources: list):
 
     sources = [source for source in sources if source.file_name != "."]
     roots = [*path.absolute().parents][:3] + [Path.cwd()]
-    root = next((r for r in roots if all((r / source.file_name).is_file() for source in sources)), None)
+    absent = {root: next((s.file_name for s in sources if not (root / s.file_name).is_file()), None) for root in roots}
+    root = next((root for root, lost in absent.items() if lost is None), None)
     if root is None:
-        lost = next(s.file_name for s in sources if not any((r / s.file_name).is_file() for r in roots))
-        raise ValueError(f"{path} links to {lost}, which does not exist relative to {', '.join(map(str, roots[:2]))} "
+        places = ", ".join(map(str, roots[:2]))
+        raise ValueError(f"{path} links to {absent[roots[1]]}, which does not exist relative to {places} "
                          "or the working directory: put the linked files there, or it would read as zeros")
     for source in sources:
         with h5py.File(root / source.file_name, "r") as linked:
@@ -90,7 +92,8 @@ class DescriptorFile:
     def __post_init__(self):
         n_images = len(self)  # opens the file, so that a wrong one is reported at once
         if self.summary is not None and len(self.summary) != n_images:
-            raise ValueError(f"{self.path} describes {n_images} images, but there are {len(self.summary)} global descriptors")
+            given = f"there are {len(self.summary)} global descriptors"
+            raise ValueError(f"{self.path} describes {n_images} images, but {given}")
 
     @cached_property
     def features(self):
@@ -122,20 +125,26 @@ class DescriptorFile:
         "Descriptors of a few images. (k,) -> tensors (k, T, C)"
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
-            raise ValueError(f"{self.path} describes {len(self)} images; image {ids.min() if ids.min() < 0 else ids.max()} was requested")
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"{self.path} describes {len(self)} images; image {wrong} was requested")
         once, back = np.unique(ids, return_inverse=True)
         read = np.asarray(self.features[once, :self.count])[back]
-        if self.layout == "columns":
-            values, valid, scales = read[..., 5:], read[..., 3] == 0, read[..., 2]
-        elif self.layout == "compound":
-            values, valid, scales = read["descriptor"], read["metadata"][..., 3] == 0, read["metadata"][..., 2]
-        else:  # the columns are lost; padding was written as zero bytes
-            values, valid, scales = read, read.any(-1), np.zeros(read.shape[:2])
+        values, columns = self._split(read)
         if values.dtype == np.uint8:
             values = np.unpackbits(values, axis=-1) * 2.0 - 1
         summary = None if self.summary is None else np.asarray(self.summary[once])[back]
-        found = Descriptors(values, valid, scales.astype(np.int64), summary)
+        found = Descriptors(values, columns[..., 3] == 0, columns[..., 2].astype(np.int64), summary)
         return found.take(np.arange(len(ids)))
+
+    def _split(self, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Descriptors (k, T, ...) and the five columns (k, T, 5)."
+        if self.layout == "columns":
+            return read[..., 5:], read[..., :5]
+        if self.layout == "compound":
+            return read["descriptor"], read["metadata"]
+        columns = np.zeros((*read.shape[:2], 5), np.float32)
+        columns[..., 3] = ~read.any(-1)  # the columns are lost; padding was written as zero bytes
+        return read, columns
 
 # %% ../../nbs/rerank/34_official.ipynb #c015
 def read_globals(
@@ -156,7 +165,7 @@ def read_globals(
             start = opened.read(4)
         size = file.stat().st_size
         if start == b"PK\x03\x04":
-            raise ValueError(f"{file} is a torch archive; expected float32 numbers without a header, as the authors write them")
+            raise ValueError(f"{file} is a torch archive; expected float32 numbers without a header")
         if not size or n_images < 1 or size % (4 * n_images):
             raise ValueError(f"{file} has {size} bytes, which is no multiple of {n_images} images of float32 numbers")
         vectors = np.memmap(file, np.float32, "r", shape=(n_images, size // (4 * n_images)))
@@ -209,16 +218,18 @@ def read_shortlist(
         raise ValueError(f"no such shortlist: {file}")
     layers = np.load(file, mmap_mode="r", allow_pickle=False) if file.suffix == ".npy" else read_pickle(file)
     layers = layers.numpy() if isinstance(layers, torch.Tensor) else layers
-    if not isinstance(layers, np.ndarray) or layers.ndim != 3 or len(layers) not in (2, 3) or layers.dtype.kind not in "fiu":
+    numeric = isinstance(layers, np.ndarray) and layers.dtype.kind in "fiu"
+    if not numeric or layers.ndim != 3 or len(layers) not in (2, 3):
         found = getattr(layers, "shape", type(layers).__name__)
-        raise ValueError(f"{file} must hold an array (2, queries, places) of similarities and image numbers, got {found}")
+        expected = "an array (2, queries, places) of similarities and image numbers"
+        raise ValueError(f"{file} must hold {expected}, got {found}")
     scores = np.asarray(layers[0], np.float32)
     numbers = np.asarray(layers[1:])
     ids = numbers.astype(np.int64)
     if not np.isfinite(scores).all() or not (ids == numbers).all():
         raise ValueError(f"{file}: expected finite similarities, then whole image numbers")
     if layers.dtype == np.float32 and ids.size and ids.max() > 2**24:
-        raise ValueError(f"{file} stores image numbers above {2**24} as float32, which cannot hold them: write it as float64")
+        raise ValueError(f"{file} has image numbers above {2**24}, which float32 cannot hold: write it as float64")
     if n_images is not None and ids[0].size and not -1 <= ids[0].min() <= ids[0].max() < n_images:
         raise ValueError(f"{file} names images {ids[0].min()}..{ids[0].max()}, but there are {n_images}")
     return Shortlist(scores, ids[0], np.zeros_like(ids[0]), ids[-1])

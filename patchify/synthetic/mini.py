@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,18 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from ..data.folders import load_ilias
+from ..groups import SCALE_EDGES
 from ..retrieval_set import RetrievalSet
 from .design import Design, atlas, family, fractal, surface
 from .render import draw_pose, geometry, render
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c005
-BENCHMARK_SEEDS = 10**9                                    # families of the benchmark lie here and above, training stays below
-BENCHMARK_SIZES = {"mini": dict(instances=100, positives=5, distractors=400, clutter=150, side=512),
-         "tiny": dict(instances=6, positives=4, distractors=12, clutter=20, side=256)}
+# %% ../../nbs/synthetic/52_mini.ipynb #c007
+BENCHMARK_SEEDS = 10**9  # families of the benchmark lie here and above, training stays below
+BENCHMARK_SIZES = {
+    "mini": dict(instances=100, positives=5, distractors=400, clutter=150, side=512),
+    "tiny": dict(instances=6, positives=4, distractors=12, clutter=20, side=256),
+}
+
 
 @dataclass(frozen=True)
 class InstanceGroup:
@@ -44,7 +48,9 @@ class InstanceGroup:
     ) -> list[Design]:  # its family without itself
         "The near-duplicates of instance k."
         start = k // 3 * 3
-        return [self.instances[j] for j in range(start, min(start + 3, len(self.instances))) if j != k] + [self.siblings[k // 3]]
+        members = range(start, min(start + 3, len(self.instances)))
+        return [self.instances[j] for j in members if j != k] + [self.siblings[k // 3]]
+
 
 @lru_cache(maxsize=4)
 def instance_group(
@@ -52,102 +58,129 @@ def instance_group(
     instances: int,  # number of instances
     clutter: int,  # number of clutter objects
 ) -> InstanceGroup:  # always the same for the same numbers
-    "Choose the objects of a benchmark. -> Cast"
+    "Choose the objects of a benchmark. -> InstanceGroup"
     first = BENCHMARK_SEEDS + 100_000 * seed
     families = [family(first + i, 4) for i in range(-(-instances // 3))]
-    return InstanceGroup(tuple([m for f in families for m in f[:3]][:instances]), tuple(f[3] for f in families),
-                tuple([m for i in range(-(-clutter // 2)) for m in family(first + 50_000 + i, 2)][:clutter]))
+    pairs = [family(first + 50_000 + i, 2) for i in range(-(-clutter // 2))]
+    chosen = [member for members in families for member in members[:3]]
+    others = [member for members in pairs for member in members]
+    return InstanceGroup(tuple(chosen[:instances]), tuple(members[3] for members in families), tuple(others[:clutter]))
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c008
+# %% ../../nbs/synthetic/52_mini.ipynb #c010
 @lru_cache(maxsize=None)
-def _print(design, side):
+def _print_of(design: Design, side: int) -> torch.Tensor:
     return torch.from_numpy(atlas(design, side).copy()).permute(2, 0, 1)
 
-def _cutouts(designs, pose, size, side) -> list:
-    "Premultiplied RGBA images cropped to their alpha, with true aspect; prints of `side`, rendered at `size`."
-    rgba, aspects = render(geometry(designs), torch.stack([_print(d, side) for d in designs]), pose, size)
-    cut = []
-    for pixels, aspect in zip((rgba.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy(), aspects.tolist()):
-        image = Image.fromarray(pixels)
-        box = image.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox() or (0, 0, size, size)
-        cut.append((image.crop(box), (box[2] - box[0]) / (box[3] - box[1]) * aspect))
-    return cut
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c011
-def _stamp(canvas, sprite, x, y, shadow) -> np.ndarray:
+def _cutouts(designs: list[Design], pose: dict, size: int, side: int) -> list:
+    "Premultiplied RGBA images cropped to their alpha, with true aspect; prints of `side`, rendered at `size`."
+    rgba, aspects = render(geometry(designs), torch.stack([_print_of(d, side) for d in designs]), pose, size)
+    all_pixels = (rgba.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    cutouts = []
+    for pixels, aspect in zip(all_pixels, aspects.tolist()):
+        image = Image.fromarray(pixels)
+        opaque = image.getchannel("A").point(lambda a: 255 * (a > 127))
+        box = opaque.getbbox() or (0, 0, size, size)
+        cutouts.append((image.crop(box), (box[2] - box[0]) / (box[3] - box[1]) * aspect))
+    return cutouts
+
+# %% ../../nbs/synthetic/52_mini.ipynb #c013
+def _stamp(canvas: np.ndarray, sprite: Image.Image, x: int, y: int, shadow: float) -> np.ndarray:
     "Blend a sprite onto canvas (H, W, 3) in place, top left corner at (x, y); returns the alpha laid down (H, W)."
-    (h, w), (sw, sh), pad = canvas.shape[:2], sprite.size, max(sprite.width // 8, 2)
-    dark = Image.new("L", (sw + 4 * pad, sh + 4 * pad))
+    h, w = canvas.shape[:2]
+    pad = max(sprite.width // 8, 2)
+    dark = Image.new("L", (sprite.width + 4 * pad, sprite.height + 4 * pad))
     dark.paste(sprite.getchannel("A"), (2 * pad, 2 * pad))
     dark = np.asarray(dark.filter(ImageFilter.GaussianBlur(pad)), np.float32)[..., None] / 255
-    pixels, laid = np.asarray(sprite, np.float32), np.zeros((h, w), np.float32)
+    pixels = np.asarray(sprite, np.float32)
+    laid = np.zeros((h, w), np.float32)
     for layer, left, top in ((dark, x - 2 * pad + pad // 2, y - pad), (pixels, x, y)):
-        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + layer.shape[1], w), min(top + layer.shape[0], h)
+        x0 = max(left, 0)
+        y0 = max(top, 0)
+        x1 = min(left + layer.shape[1], w)
+        y1 = min(top + layer.shape[0], h)
         if x1 <= x0 or y1 <= y0:
             continue
-        part, there = layer[y0 - top:y1 - top, x0 - left:x1 - left], (slice(y0, y1), slice(x0, x1))
+        part = layer[y0 - top:y1 - top, x0 - left:x1 - left]
+        place = slice(y0, y1), slice(x0, x1)
         if layer is dark:
-            canvas[there] *= 1 - shadow * part
+            canvas[place] *= 1 - shadow * part
         else:
-            canvas[there] = part[..., :3] + canvas[there] * (1 - part[..., 3:] / 255)
-            laid[there] = part[..., 3] / 255
+            canvas[place] = part[..., :3] + canvas[place] * (1 - part[..., 3:] / 255)
+            laid[place] = part[..., 3] / 255
     return laid
 
-def _sized(cutout, area) -> Image.Image:
-    "A cutout at a given area of its box in pixels."
-    image, aspect = cutout
-    return image.resize((max(round(math.sqrt(area * aspect)), 4), max(round(math.sqrt(area / aspect)), 4)), Image.BILINEAR, reducing_gap=2)
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c014
-def _clutter(rng, designs, light, unit, size) -> list:
+def _resize_to(cutout: tuple[Image.Image, float], area: float) -> Image.Image:
+    "A cutout whose box has a given area in pixels."
+    image, aspect = cutout
+    width = max(round(math.sqrt(area * aspect)), 4)
+    height = max(round(math.sqrt(area / aspect)), 4)
+    return image.resize((width, height), Image.BILINEAR, reducing_gap=2)
+
+# %% ../../nbs/synthetic/52_mini.ipynb #c016
+def _clutter(rng: np.random.Generator, designs: list[Design], light: dict, unit: float, size: tuple[int, int]) -> list:
     "Other objects about as large as `unit` pixels, spread over the picture: (sprite, x, y) from back to front."
-    n, (w, h) = len(designs), size
+    n = len(designs)
+    w, h = size
     pose = draw_pose(rng, n) | {name: value.expand(n, *value.shape[1:]) for name, value in light.items()}
     sides = np.minimum(unit * np.exp(rng.normal(-.1, .35, n)), .45 * math.sqrt(w * h))
-    rows, columns = np.sort(rng.uniform(-.1, 1.05, n)), rng.permuted((np.arange(n) + rng.random(n)) / n)
-    sprites = [_sized(cutout, side ** 2) for cutout, side in zip(_cutouts(designs, pose, 96 if unit > 60 else 64, 96), sides)]
+    rows = np.sort(rng.uniform(-.1, 1.05, n))
+    columns = rng.permuted((np.arange(n) + rng.random(n)) / n)
+    cutouts = _cutouts(designs, pose, 96 if unit > 60 else 64, 96)
+    sprites = [_resize_to(cutout, side ** 2) for cutout, side in zip(cutouts, sides)]
     return [(s, int(c * w - s.width / 2), int(r * h - s.height / 2)) for s, r, c in zip(sprites, rows, columns)]
 
-def _position(rng, sprite, size) -> tuple[int, int]:
+
+def _position(rng: np.random.Generator, sprite: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
     "Anywhere in the picture; a quarter of the time it may reach a little outside."
     beyond = rng.uniform(0, .12) if rng.random() < .25 else 0
     corner = []
     for s, length in zip(sprite.size, size):
-        low, high = -beyond * s, length - s * (1 - beyond)
+        low = -beyond * s
+        high = length - s * (1 - beyond)
         corner.append(int(rng.uniform(low, high) if high > low else (length - s) / 2))
     return tuple(corner)
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c017
+
+def _draw_light(rng: np.random.Generator) -> dict:
+    "Light and ambient light of a scene, as parts of a pose."
+    return {name: value for name, value in draw_pose(rng, 1).items() if name in ("light", "ambient")}
+
+# %% ../../nbs/synthetic/52_mini.ipynb #c019
 def compose(
-    rng: np.random.Generator,  # decides ground, light, poses and places
+    rng: np.random.Generator,  # decides background, light, poses and places
     focal: Design,  # the object the scene is about
     others: list[Design],  # at least one object of clutter
     area: float,  # share of the picture that the focal object's box takes, before anything hides it
     size: tuple[int, int],  # width, height in pixels
     hidden: bool = False,  # whether something may stand in front of the focal object, over at most 35 % of it
-) -> tuple[np.ndarray, np.ndarray]:  # picture (H, W, 3) float32 0..255 and mask (H, W) of what is visible of the focal object
+) -> tuple[np.ndarray, np.ndarray]:  # picture (H, W, 3) float32 0..255, mask (H, W) of what is visible of the object
     "A cluttered scene around one object. -> canvas (H, W, 3), mask (H, W)"
-    (w, h), canvas = size, surface(rng, size[1], size[0])
-    light = {name: value for name, value in draw_pose(rng, 1).items() if name in ("light", "ambient")}
-    shadow, pose = rng.uniform(.2, .7), draw_pose(rng, 1) | light
-    detail = min(max(math.ceil(math.sqrt(area * w * h) / 28) * 32, 64), 320)                # rendered a little larger than it will be
-    sprite = _sized(_cutouts([focal], pose, detail, 192)[0], area * w * h)
+    w, h = size
+    canvas = surface(rng, h, w)
+    light = _draw_light(rng)
+    shadow = rng.uniform(.2, .7)
+    pose = draw_pose(rng, 1) | light
+    detail = min(max(math.ceil(math.sqrt(area * w * h) / 28) * 32, 64), 320)  # rendered a little larger than needed
+    sprite = _resize_to(_cutouts([focal], pose, detail, 192)[0], area * w * h)
     sprite = sprite.resize((min(sprite.width, int(.98 * w)), min(sprite.height, int(.98 * h))))
     x, y = _position(rng, sprite, size)
     placed = _clutter(rng, others, light, math.sqrt(sprite.width * sprite.height), size)
     for item in placed[hidden:]:
         _stamp(canvas, *item, shadow)
-    seen = _stamp(canvas, sprite, x, y, shadow)
+    visible = _stamp(canvas, sprite, x, y, shadow)
     for front, _, _ in placed[:hidden]:
-        at = [int(x + sprite.width * rng.choice([-.25, .75]) - front.width * .25), int(y + sprite.height * rng.uniform(.1, .9) - front.height / 2)]
-        left = seen * (1 - _stamp(np.zeros_like(canvas), front, *at, 0))
-        if left.sum() > .65 * seen.sum():
-            _stamp(canvas, front, *at, shadow)
-            seen = left
-    return canvas, seen > .5
+        left = int(x + sprite.width * rng.choice([-.25, .75]) - front.width * .25)
+        top = int(y + sprite.height * rng.uniform(.1, .9) - front.height / 2)
+        remaining = visible * (1 - _stamp(np.zeros_like(canvas), front, left, top, 0))
+        if remaining.sum() > .65 * visible.sum():
+            _stamp(canvas, front, left, top, shadow)
+            visible = remaining
+    return canvas, visible > .5
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c020
-def _light(rng, h, w, strength) -> np.ndarray:
+# %% ../../nbs/synthetic/52_mini.ipynb #c022
+def _light(rng: np.random.Generator, h: int, w: int, strength: float) -> np.ndarray:
     "Illumination (h, w, 1) around 1: a gradient, sometimes a shadow with a soft edge."
     slope = np.linspace(-1, 1, h)[:, None] * rng.normal() + np.linspace(-1, 1, w)[None] * rng.normal()
     gain = 1 + .13 * strength * slope
@@ -156,93 +189,118 @@ def _light(rng, h, w, strength) -> np.ndarray:
         gain = gain * (1 - rng.uniform(.2, .6) / (1 + np.exp(-4 * (np.asarray(field) - rng.uniform(-.5, 1.5)))))
     return gain[..., None]
 
-def _lens(rng, image, strength) -> Image.Image:
+
+def _lens(rng: np.random.Generator, image: Image.Image, strength: float) -> Image.Image:
     "Out of focus, or moved, or neither."
     kind = rng.random()
     if kind < .45:
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(.2, 1.5) * strength))
     if kind < .6:
         line = np.zeros((5, 5))
-        line[2, 2 - (reach := int(rng.integers(1, 3))): 3 + reach] = 1
+        reach = int(rng.integers(1, 3))
+        line[2, 2 - reach:3 + reach] = 1
         line = line.T if rng.random() < .5 else line
         return image.filter(ImageFilter.Kernel((5, 5), (line / line.sum()).ravel().tolist()))
     return image
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c023
+# %% ../../nbs/synthetic/52_mini.ipynb #c025
 def photograph(
-    rng: np.random.Generator,  # decides light, camera and luck
-    canvas: np.ndarray,  # (H, W, 3) what is there, 0 to 255
-    strength: float = 1.,  # 0 leaves the picture nearly alone
+    rng: np.random.Generator,  # decides light and camera
+    canvas: np.ndarray,  # (H, W, 3) the scene, 0 to 255
+    strength: float = 1.,  # 0 changes little
 ) -> Image.Image:  # RGB
-    "What a phone makes of a scene. (H, W, 3) -> image"
+    "A scene as a phone records it. (H, W, 3) -> image"
     h, w = canvas.shape[:2]
     light = _light(rng, h, w, strength)
     warm, tint, exposure = rng.normal(0, [.09, .03, .2]) * strength
-    x = (canvas / 255 * light * np.exp(warm * np.array([1, 0, -1]) + tint * np.array([1, -2, 1]) + exposure)).clip(0, 1)
+    gain = np.exp(warm * np.array([1, 0, -1]) + tint * np.array([1, -2, 1]) + exposure)
+    x = (canvas / 255 * light * gain).clip(0, 1)
     x = x ** np.exp(rng.normal(0, .15 * strength))
     grey = x.mean(-1, keepdims=True)
     x = grey + (x - grey) * (1 + rng.normal(-.05, .15) * strength)
-    y = np.asarray(_lens(rng, Image.fromarray((x.clip(0, 1) * 255).astype(np.uint8)), strength), np.float32)
+    image = Image.fromarray((x.clip(0, 1) * 255).astype(np.uint8))
+    y = np.asarray(_lens(rng, image, strength), np.float32)
     noise = rng.standard_normal((h, w, 1), np.float32) + .5 * rng.standard_normal((h, w, 3), np.float32)
-    return Image.fromarray((y + rng.uniform(0, 7) * strength * noise * np.sqrt(y / 255 + .1)).clip(0, 255).astype(np.uint8))
+    noisy = y + rng.uniform(0, 7) * strength * noise * np.sqrt(y / 255 + .1)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c026
-OBJECT_SCALES = (0.0688, 0.1353, 0.2730)                          # bounds of ILIAS's scale groups, share of the image area
+# %% ../../nbs/synthetic/52_mini.ipynb #c028
+OBJECT_SCALES = tuple(round(edge, 4) for edge in SCALE_EDGES[1:4])  # between ILIAS's scale groups, share of the image
 _FORMATS = ((1, .75), (.75, 1), (1, 1), (1, .5625), (1, .67), (.67, 1))
 
-def _tight(mask) -> tuple[int, int, int, int]:
+
+def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     "x, y, width, height of what is true in a mask."
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    ys = np.flatnonzero(mask.any(1))
+    xs = np.flatnonzero(mask.any(0))
     return int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)
 
-def _format(rng, side):
-    return tuple(int(side * f) for f in _FORMATS[rng.integers(len(_FORMATS))])
 
-def _others(rng, cast, area) -> list:
+def _draw_format(rng: np.random.Generator, side: int) -> tuple[int, int]:
+    return tuple(int(side * share) for share in _FORMATS[rng.integers(len(_FORMATS))])
+
+
+def _draw_clutter(rng: np.random.Generator, objects: InstanceGroup, area: float) -> list[Design]:
     "Clutter: about a dozen objects, up to sixty, fewer where the focal object is large."
     n = int(np.clip(np.exp(rng.normal(2.6, .7)), 3, min(60, 3 + 5 / area)))
-    return [cast.clutter[i] for i in rng.integers(len(cast.clutter), size=n)]
+    return [objects.clutter[i] for i in rng.integers(len(objects.clutter), size=n)]
 
-def _query(rng, cast, k, side, group):
-    sprite = _sized(_cutouts([cast.instances[k]], draw_pose(rng, 1, strong=False), 320, 192)[0], rng.uniform(.25, .4) * side ** 2)
+
+def _query(rng: np.random.Generator, objects: InstanceGroup, k: int, side: int, group: int) -> tuple:
+    "Picture, box, scale and number of objects of the query of instance k."
+    cutout = _cutouts([objects.instances[k]], draw_pose(rng, 1, strong=False), 320, 192)[0]
+    sprite = _resize_to(cutout, rng.uniform(.25, .4) * side ** 2)
     w, h = (int(s * rng.uniform(1.15, 1.45)) + 8 for s in sprite.size)
-    canvas = np.full((h, w, 3), rng.uniform(225, 255), np.float32) * np.linspace(1, 1 - .08 * rng.random(), h)[:, None, None]
-    mask = _stamp(canvas, sprite, (w - sprite.width) // 2, (h - sprite.height) // 2, rng.uniform(0, .25)) > .5
-    return photograph(rng, canvas, .2), _tight(mask), 0., 1
+    paper = np.full((h, w, 3), rng.uniform(225, 255), np.float32)
+    canvas = paper * np.linspace(1, 1 - .08 * rng.random(), h)[:, None, None]
+    left = (w - sprite.width) // 2
+    top = (h - sprite.height) // 2
+    mask = _stamp(canvas, sprite, left, top, rng.uniform(0, .25)) > .5
+    return photograph(rng, canvas, .2), _tight_box(mask), 0., 1
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c029
-def _positive(rng, cast, k, side, group):
-    low, high = (0, *OBJECT_SCALES, 1)[group], (*OBJECT_SCALES, .62)[group]
-    for attempt in range(50):                              # hiding and cutting shrink a box: try until it lies in its group
-        area, size = math.exp(rng.uniform(math.log(max(low, .012) * 1.02), math.log(high * .98))), _format(rng, side)
-        others = _others(rng, cast, area)
+# %% ../../nbs/synthetic/52_mini.ipynb #c031
+def _positive(rng: np.random.Generator, objects: InstanceGroup, k: int, side: int, group: int) -> tuple:
+    "Picture, box, scale and number of objects of a scene with instance k in a scale group."
+    low = (0, *OBJECT_SCALES, 1)[group]
+    high = (*OBJECT_SCALES, .62)[group]
+    for attempt in range(50):  # occlusion and borders shrink a box: try until it lies in its group
+        area = math.exp(rng.uniform(math.log(max(low, .012) * 1.02), math.log(high * .98)))
+        size = _draw_format(rng, side)
+        others = _draw_clutter(rng, objects, area)
         if rng.random() < .4:
-            others[-1] = cast.relatives(k)[rng.integers(len(cast.relatives(k)))]
-        canvas, mask = compose(rng, cast.instances[k], others, area, size, hidden=bool(rng.random() < .5))
-        box = _tight(mask) if mask.sum() > 40 else (0, 0, 0, 0)
+            relatives = objects.relatives(k)
+            others[-1] = relatives[rng.integers(len(relatives))]
+        canvas, mask = compose(rng, objects.instances[k], others, area, size, hidden=bool(rng.random() < .5))
+        box = _tight_box(mask) if mask.sum() > 40 else (0, 0, 0, 0)
         scale = box[2] * box[3] / (size[0] * size[1])
         if max(low, .008) <= scale < (*OBJECT_SCALES, 1)[group]:
             return photograph(rng, canvas), box, scale, len(others) + 1
     raise ValueError(f"no scene found that shows instance {k} in scale group {group}")
 
-def _distractor(rng, cast, k, side, group):
+
+def _distractor(rng: np.random.Generator, objects: InstanceGroup, k: int, side: int, group: int) -> tuple:
+    "Picture, no box, scale and number of objects of a scene without an instance."
     area = math.exp(rng.uniform(math.log(.012), math.log(.6)))
-    others = _others(rng, cast, area)
-    pool = cast.siblings if k % 2 == 0 else cast.clutter
-    canvas, _ = compose(rng, pool[rng.integers(len(pool))], others, area, _format(rng, side), hidden=bool(rng.random() < .5))
+    others = _draw_clutter(rng, objects, area)
+    pool = objects.siblings if k % 2 == 0 else objects.clutter
+    focal = pool[rng.integers(len(pool))]
+    size = _draw_format(rng, side)
+    canvas, _ = compose(rng, focal, others, area, size, hidden=bool(rng.random() < .5))
     return photograph(rng, canvas), None, 0., len(others) + 1
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c032
-_KINDS = {"query": _query, "pos": _positive, "distractor": _distractor}
+# %% ../../nbs/synthetic/52_mini.ipynb #c034
+_PICTURES = {"query": _query, "pos": _positive, "distractor": _distractor}
 
-def _job(task):
-    "Make one picture and its box file; returns what the lists say about it."
+
+def _write_picture(task: tuple) -> tuple[float, int]:
+    "Make one picture and its box file; its scale and number of objects, for the lists."
     kind, path, (seed, instances, clutter, side), k, j = task
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     group = (k * 5 + j) % 4
-    rng = np.random.default_rng([seed, list(_KINDS).index(kind), k, j])
-    image, box, scale, count = _KINDS[kind](rng, instance_group(seed, instances, clutter), k, side, group)
+    rng = np.random.default_rng([seed, list(_PICTURES).index(kind), k, j])
+    objects = instance_group(seed, instances, clutter)
+    image, box, scale, count = _PICTURES[kind](rng, objects, k, side, group)
     torch.set_num_threads(threads)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,31 +309,36 @@ def _job(task):
         path.with_name(path.stem + "_bbox.txt").write_text("{} {} {} {}\n".format(*box))
     return scale, count
 
-def _tasks(root, instances, seed, size) -> list:
-    "Every picture of the benchmark as (kind, path, numbers of the cast, k, j)."
+
+def _list_tasks(root: Path, instances: int, seed: int, size: str) -> list:
+    "Every picture of the benchmark as (kind, path, numbers of the objects, k, j)."
     numbers = BENCHMARK_SIZES[size]
     base = (seed, instances, numbers["clutter"], numbers["side"])
-    folders = [root / "ilias_core" / f"{d.kind}_{k:03d}" for k, d in enumerate(instance_group(*base[:3]).instances)]
-    tasks = [("query", folder / "query" / f"Q{k:03d}_00.jpg", base, k, 0) for k, folder in enumerate(folders)]
-    tasks += [("pos", f / "pos" / f"P{k:03d}_{j:02d}.jpg", base, k, j) for k, f in enumerate(folders) for j in range(numbers["positives"])]
-    return tasks + [("distractor", root / "distractors" / f"D{i:04d}.jpg", base, i, 0) for i in range(numbers["distractors"])]
+    designs = instance_group(*base[:3]).instances
+    folders = [root / "ilias_core" / f"{design.kind}_{k:03d}" for k, design in enumerate(designs)]
+    tasks = [("query", path / "query" / f"Q{k:03d}_00.jpg", base, k, 0) for k, path in enumerate(folders)]
+    for k, path in enumerate(folders):
+        tasks += [("pos", path / "pos" / f"P{k:03d}_{j:02d}.jpg", base, k, j) for j in range(numbers["positives"])]
+    names = [root / "distractors" / f"D{i:04d}.jpg" for i in range(numbers["distractors"])]
+    return tasks + [("distractor", name, base, i, 0) for i, name in enumerate(names)]
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c035
-def _lists(root, tasks, facts) -> None:
-    "Write image_ids/: queries, positives with scale and number of objects, and the names of the instances, which ILIAS keeps as text queries."
+
+def _write_lists(root: Path, tasks: list, facts: list) -> None:
+    "Write image_ids/: queries, positives with scale and number of objects, and the names of the instances."
     lists = {"image_query_ids": [], "positive_ids": [], "text_query_ids": []}
     for (kind, path, *_), (scale, count) in zip(tasks, facts):
-        instance, name = path.parts[-3], "/".join(path.parts[-3:])
+        instance = path.parts[-3]
+        name = "/".join(path.parts[-3:])
         if kind == "query":
             lists["image_query_ids"].append(f"{name},{instance}\n")
-            lists["text_query_ids"].append(f"{instance}\n")
+            lists["text_query_ids"].append(f"{instance}\n")  # where ILIAS keeps the set of instances
         elif kind == "pos":
             lists["positive_ids"].append(f"{name},{scale:.6f},{count}\n")
     (root / "image_ids").mkdir()
     for file, lines in lists.items():
         (root / "image_ids" / f"{file}.txt").write_text("".join(lines))
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c038
+# %% ../../nbs/synthetic/52_mini.ipynb #c037
 def make_mini(
     out: str | Path,  # a folder that does not exist yet, or an empty one
     instances: int | None = None,  # number of instances; by default that of the size
@@ -283,39 +346,47 @@ def make_mini(
     size: str = "mini",  # "mini": 100 instances and 400 distractors, or "tiny": 6 and 12, for tests
     workers: int | None = None,  # processes; by default one for tiny and one per core for mini
 ) -> Path:  # the folder
-    "Write an ILIAS-core benchmark of procedural products. -> out"
+    "Write an ILIAS-core benchmark of synthetic products. -> out"
     out = Path(out)
     if size not in BENCHMARK_SIZES:
         raise ValueError(f"size must be one of {', '.join(BENCHMARK_SIZES)}, not {size!r}")
     instances = BENCHMARK_SIZES[size]["instances"] if instances is None else instances
     if instances < 1 or seed < 0:
         raise ValueError(f"instances must be at least 1 and seed at least 0, not {instances} and {seed}")
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".") as scratch:
         root = Path(scratch) / "made"
-        tasks = _tasks(root, instances, seed, size)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # those that this process may use
-        workers = (1 if size == "tiny" else cores) if workers is None else workers
-        _lists(root, tasks, _run(tasks, workers))
+        tasks = _list_tasks(root, instances, seed, size)
+        workers = (1 if size == "tiny" else _usable_cores()) if workers is None else workers
+        _write_lists(root, tasks, _run(tasks, workers))
         if out.exists():
             out.rmdir()
         root.rename(out)
     return out
 
-def _run(tasks, workers) -> list:
-    if workers == 1:
-        return [_job(task) for task in tasks]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return list(tqdm(pool.imap(_job, tasks, chunksize=8), "drawing", len(tasks), unit="image", disable=None))
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c045
+def _usable_cores() -> int:
+    "Processor cores that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _run(tasks: list, workers: int) -> list:
+    if workers == 1:
+        return [_write_picture(task) for task in tasks]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        done = pool.imap(_write_picture, tasks, chunksize=8)
+        return list(tqdm(done, "drawing", len(tasks), unit="image", disable=None))
+
+# %% ../../nbs/synthetic/52_mini.ipynb #c042
 def load_mini(
     data: str | Path,  # folder that holds made data sets
     size: str = "mini",  # mini or tiny
 ) -> RetrievalSet:
-    "The offline benchmark of this size, seed 0, made under `data` when it is not there yet."
+    "The offline benchmark of this size, seed 0, made under `data` if it is not there yet."
     folder = Path(data) / size
     if not folder.exists():
         print(f"drawing the benchmark {size!r} into {folder}", file=sys.stderr)
@@ -329,13 +400,13 @@ def load_tiny(
     "The smallest offline benchmark, for tests."
     return load_mini(data, "tiny")
 
-# %% ../../nbs/synthetic/52_mini.ipynb #c048
+# %% ../../nbs/synthetic/52_mini.ipynb #c045
 def load_training_products(
     products: int,  # how many; below 50 their scenes are small
     data: str | Path = "data",  # folder that holds made data sets
 ) -> RetrievalSet:
-    "Products to train on, from another seed than the benchmark's, made under `data` when they are not there yet."
-    folder = Path(data) / f"shelf-{products}"
+    "Products to train on, from another seed than the benchmark's, made under `data` if they are not there yet."
+    folder = Path(data) / f"training-products-{products}"
     if not folder.exists():
         make_mini(folder, instances=products, seed=1, size="mini" if products >= 50 else "tiny")
     return load_ilias(folder)
