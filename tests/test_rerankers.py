@@ -98,6 +98,11 @@ def test_the_logits_are_those_of_the_shortlist(encoder, run, data):
     assert np.array_equal(found.logits[2], read(2, np.searchsorted(run.described.gallery.rows, run.result.ranks[2, :6])))
 
 
+def test_a_depth_without_a_re_ranker_is_an_error(command):
+    done = command("evaluate", "--rerank-top-k", 5)
+    assert done.returncode == 2 and "--rerank-top-k needs --rerank" in done.stderr
+
+
 def test_a_list_longer_than_the_model_reads_is_re_ranked_in_windows(encoder, run, data):
     depth = len(run.result.ranks[0])
     r = replace(Reranker.load("locore", encoder, data, top_k=depth), window=depth // 2)
