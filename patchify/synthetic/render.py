@@ -14,54 +14,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .design import Design, atlas, family, fractal
+from .design import Design, fractal
 
-# %% ../../nbs/synthetic/51_render.ipynb #c005
-_FAR = (0., 1., 0., 9.)
+# %% ../../nbs/synthetic/51_render.ipynb #c007
+_FAR = (0., 1., 0., 9.)  # a plane that no ray meets
+_ROUND = ("can", "bottle", "jar", "cup")
 
-def _planes(kind, extent) -> list:
+
+def _planes(kind: str, extent: tuple[float, float, float]) -> list:
+    "Eight planes (nx, ny, nz, d)."
     x, y, z = extent
     sides = [(0, 0, 1, z), (0, 0, -1, z), (1, 0, 0, x), (-1, 0, 0, x), (0, 1, 0, 1.), (0, -1, 0, 1.)]
     if kind != "carton":
         return sides + [_FAR, _FAR]
-    y0 = .55                                               # the roof runs from (y0, z) up to (1, 0)
+    y0 = .55  # the roof runs from (y0, z) up to (1, 0)
     n = math.hypot(z, 1 - y0)
     return sides + [(0., z / n, s * (1 - y0) / n, (z * y0 + (1 - y0) * z) / n) for s in (1, -1)]
 
-def _frusta(kind, r, shoulder, neck) -> list:
+
+def _frusta(kind: str, r: float, shoulder: float, neck: float) -> list:
+    "Three frusta (y0, y1, r0, r1) from bottom to top."
     top = .55 + .3 * shoulder
-    return {"can": [(-1, .9, r, r), (.9, 1, r, r * .9), (1, 1.001, r * .9, r * .9)],
-            "bottle": [(-1, 2 * shoulder - 1, r, r), (2 * shoulder - 1, top, r, r * neck), (top, 1, r * neck, r * neck)],
-            "jar": [(-1, .6, r, r), (.6, .68, r, r * .85), (.68, 1, r * .9, r * .9)],
-            "cup": [(-1, .92, r * (.5 + .4 * neck), r), (.92, 1, r * 1.03, r * 1.03), (1, 1.001, r, r)]}.get(kind, [(-1, 1, 0, 0)] * 3)
+    if kind == "can":
+        return [(-1, .9, r, r), (.9, 1, r, r * .9), (1, 1.001, r * .9, r * .9)]
+    if kind == "bottle":
+        return [(-1, 2 * shoulder - 1, r, r), (2 * shoulder - 1, top, r, r * neck), (top, 1, r * neck, r * neck)]
+    if kind == "jar":
+        return [(-1, .6, r, r), (.6, .68, r, r * .85), (.68, 1, r * .9, r * .9)]
+    if kind == "cup":
+        return [(-1, .92, r * (.5 + .4 * neck), r), (.92, 1, r * 1.03, r * 1.03), (1, 1.001, r, r)]
+    return [(-1, 1, 0, 0)] * 3
+
 
 def geometry(
     designs: list[Design],  # B objects
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # planes (B, 8, 4), frusta (B, 3, 4), half extents (B, 3), whether round (B,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # planes (B, 8, 4), frusta (B, 3, 4), half extents (B, 3), is round (B,)
     "The solids of a batch of designs. B designs -> planes, frusta, extents, is_round"
-    planes, frusta, extents, is_round = [], [], [], []
+    planes = []
+    frusta = []
+    extents = []
     for design in designs:
         width, depth, shoulder, neck = design.shape
-        width, curved = min(width, 1.6), design.kind in ("can", "bottle", "jar", "cup")
-        extents.append((width, 1., width if curved else max(depth, .012)))
+        width = min(width, 1.6)
+        extents.append((width, 1., width if design.kind in _ROUND else max(depth, .012)))
         planes.append(_planes(design.kind, extents[-1]))
         frusta.append(_frusta(design.kind, width, shoulder, neck))
-        is_round.append(curved)
     numbers = [torch.tensor(values, dtype=torch.float32) for values in (planes, frusta, extents)]
-    return numbers[0], numbers[1], numbers[2], torch.tensor(is_round)
+    return *numbers, torch.tensor([design.kind in _ROUND for design in designs])
 
-# %% ../../nbs/synthetic/51_render.ipynb #c010
+# %% ../../nbs/synthetic/51_render.ipynb #c012
 def rotation(
     yaw: Tensor,  # (B,) radians around the upright axis
     pitch: Tensor,  # (B,) radians; positive shows the top
     roll: Tensor,  # (B,) radians in the image
 ) -> Tensor:  # (B, 3, 3), object to camera
     "Turn, tilt, then roll. angles (B,) -> (B, 3, 3)"
-    one, nil, c, s = torch.ones_like(yaw), torch.zeros_like(yaw), torch.cos, torch.sin
-    turn = torch.stack([c(yaw), nil, s(yaw), nil, one, nil, -s(yaw), nil, c(yaw)], -1).view(-1, 3, 3)
-    tilt = torch.stack([one, nil, nil, nil, c(pitch), -s(pitch), nil, s(pitch), c(pitch)], -1).view(-1, 3, 3)
-    spin = torch.stack([c(roll), -s(roll), nil, s(roll), c(roll), nil, nil, nil, one], -1).view(-1, 3, 3)
+    one = torch.ones_like(yaw)
+    nil = torch.zeros_like(yaw)
+
+    def matrix(*entries: Tensor) -> Tensor:
+        return torch.stack(entries, -1).view(-1, 3, 3)
+
+    turn = matrix(yaw.cos(), nil, yaw.sin(), nil, one, nil, -yaw.sin(), nil, yaw.cos())
+    tilt = matrix(one, nil, nil, nil, pitch.cos(), -pitch.sin(), nil, pitch.sin(), pitch.cos())
+    spin = matrix(roll.cos(), -roll.sin(), nil, roll.sin(), roll.cos(), nil, nil, nil, one)
     return spin @ tilt @ turn
+
 
 def window(
     extents: Tensor,  # (B, 3) half extents
@@ -69,16 +87,18 @@ def window(
     distance: Tensor,  # (B,) camera to centre
 ) -> Tensor:  # (B, 4) x0, y0, x1, y1 on the image plane at depth 1, y downwards
     "Where the bounding box of each solid appears. -> (B, 4)"
-    signs = torch.tensor([[i, j, k] for i in (-1., 1.) for j in (-1., 1.) for k in (-1., 1.)], device=extents.device)
+    signs = torch.cartesian_prod(*[torch.tensor([-1., 1.], device=extents.device)] * 3)  # (8, 3) corners
     corners = (signs[None] * extents[:, None]) @ turned.transpose(1, 2)
     depth = (distance[:, None] - corners[..., 2]).clamp_min(.3)
-    x, y = corners[..., 0] / depth, -corners[..., 1] / depth
+    x = corners[..., 0] / depth
+    y = -corners[..., 1] / depth
     return torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], -1)
 
-# %% ../../nbs/synthetic/51_render.ipynb #c013
-def _hit_planes(o, d, planes):
+# %% ../../nbs/synthetic/51_render.ipynb #c015
+def _hit_planes(o: Tensor, d: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Rays o (B, 3) + t d (B, N, 3): length to the first hit, index of the plane, whether there is a hit."
-    n, offset = planes[..., :3], planes[..., 3]
+    n = planes[..., :3]
+    offset = planes[..., 3]
     toward = d @ n.transpose(1, 2)
     toward_safe = torch.where(toward.abs() < 1e-6, torch.full_like(toward, 1e-6), toward)
     t = (offset[:, None] - (o[:, None] * n).sum(-1)[:, None]) / toward_safe
@@ -86,79 +106,108 @@ def _hit_planes(o, d, planes):
     leave = torch.where(toward > 0, t, torch.full_like(t, 1e9)).amin(-1)
     return enter, index, enter < leave
 
-# %% ../../nbs/synthetic/51_render.ipynb #c016
-def _hit_side(o, d, frustum):
-    "Both crossings of rays with the side of one frustum (B, 4): [(length, whether it lies on the frustum and ahead), ...], slope (B, 1)."
-    (ox, oy, oz), (dx, dy, dz), (y0, y1, r0, r1) = o, d, (frustum[:, j, None] for j in range(4))
+# %% ../../nbs/synthetic/51_render.ipynb #c018
+def _hit_side(o: tuple, d: tuple, frustum: Tensor) -> tuple[list, Tensor]:
+    "Both crossings of rays with the side of one frustum (B, 4): [(length, whether it counts), ...], slope (B, 1)."
+    ox, oy, oz = o
+    dx, dy, dz = d
+    y0, y1, r0, r1 = frustum[:, :, None].unbind(1)
     k = (r1 - r0) / (y1 - y0)
     q = r0 + k * (oy - y0)
-    a, b, c = dx * dx + dz * dz - (k * dy) ** 2, ox * dx + oz * dz - q * k * dy, ox * ox + oz * oz - q * q
+    a = dx * dx + dz * dz - (k * dy) ** 2
+    b = ox * dx + oz * dz - q * k * dy
+    c = ox * ox + oz * oz - q * q
     a = torch.where(a.abs() < 1e-6, torch.full_like(a, 1e-6), a)
     inside = b * b - a * c
-    root, found = inside.clamp_min(0).sqrt(), []
+    root = inside.clamp_min(0).sqrt()
+    crossings = []
     for sign in (-1, 1):
         t = (-b + sign * root) / a
         y = oy + t * dy
-        found.append((t, (inside > 0) & (t > 0) & (y >= y0) & (y <= y1) & (q + k * t * dy >= 0)))
-    return found, k
+        on_frustum = (y >= y0) & (y <= y1) & (q + k * t * dy >= 0)
+        crossings.append((t, (inside > 0) & (t > 0) & on_frustum))
+    return crossings, k
 
-def _hit_frusta(o, d, frusta):
-    "First hit with a stack of frusta and its two discs: length, part (0, 1, 2 upwards, 3 top, 4 bottom), hit, slope of the side."
+
+def _hit_frusta(o: Tensor, d: Tensor, frusta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "First hit with a stack of frusta and its discs: length, part (0, 1, 2 upwards, 3 top, 4 bottom), hit, slope."
     best = torch.full(d.shape[:2], 1e9, device=d.device)
-    part, slope = torch.zeros(d.shape[:2], dtype=torch.long, device=d.device), torch.zeros(d.shape[:2], device=d.device)
-    ox, oy, oz = (o[:, None, i] for i in range(3))
+    part = torch.zeros(d.shape[:2], dtype=torch.long, device=d.device)
+    slope = torch.zeros(d.shape[:2], device=d.device)
+    ox, oy, oz = o[:, None].unbind(-1)
     dx, dy, dz = d.unbind(-1)
     dy = torch.where(dy.abs() < 1e-5, torch.full_like(dy, 1e-5), dy)
     for i in range(3):
-        found, k = _hit_side((ox, oy, oz), (dx, dy, dz), frusta[:, i])
-        for t, ok in found:
-            ok = ok & (t < best)
-            best, part = torch.where(ok, t, best), torch.where(ok, torch.full_like(part, i), part)
-            slope = torch.where(ok, k.expand_as(slope), slope)
-    for y, r, name in ((frusta[:, 2, 1, None], frusta[:, 2, 3, None], 3), (frusta[:, 0, 0, None], frusta[:, 0, 2, None], 4)):
+        crossings, k = _hit_side((ox, oy, oz), (dx, dy, dz), frusta[:, i])
+        for t, counts in crossings:
+            counts = counts & (t < best)
+            best = torch.where(counts, t, best)
+            part = torch.where(counts, torch.full_like(part, i), part)
+            slope = torch.where(counts, k.expand_as(slope), slope)
+    top = (frusta[:, 2, 1, None], frusta[:, 2, 3, None], 3)
+    bottom = (frusta[:, 0, 0, None], frusta[:, 0, 2, None], 4)
+    for y, r, number in (top, bottom):
         t = (y - oy) / dy
-        ok = ((ox + t * dx) ** 2 + (oz + t * dz) ** 2 <= r ** 2) & (t > 0) & (t < best)
-        best, part = torch.where(ok, t, best), torch.where(ok, torch.full_like(part, name), part)
+        counts = ((ox + t * dx) ** 2 + (oz + t * dz) ** 2 <= r ** 2) & (t > 0) & (t < best)
+        best = torch.where(counts, t, best)
+        part = torch.where(counts, torch.full_like(part, number), part)
     return best, part, best < 1e8, slope
 
-# %% ../../nbs/synthetic/51_render.ipynb #c021
-_FRONT, _SIDE, _LID = (0., 0., .5, 1.), (.5, 0., 1., .625), (.5, .625, 1., 1.)      # the faces in `atlas`
+# %% ../../nbs/synthetic/51_render.ipynb #c023
+_FRONT = (0., 0., .5, 1.)  # the faces in `atlas`, as x0, y0, x1, y1
+_SIDE = (.5, 0., 1., .625)
+_LID = (.5, .625, 1., 1.)
 
-def _into(rectangle, u, v):
+
+def _into(rectangle: tuple, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    "Coordinates in 0..1 of a face as coordinates of the atlas."
     x0, y0, x1, y1 = rectangle
     return x0 + (x1 - x0) * u.clamp(.012, .988), y0 + (y1 - y0) * v.clamp(.012, .988)
 
-def _flat_print(p, index, extents):
+
+def _flat_print(p: Tensor, index: Tensor, extents: Tensor) -> tuple[Tensor, Tensor]:
     "Atlas coordinates of hits p (B, N, 3) on planes."
-    x, y, z = (p[..., i] / extents[:, None, i] for i in range(3))
-    lid, flank = (index == 4) | (index == 5), (index == 2) | (index == 3)
+    x, y, z = (p / extents[:, None]).unbind(-1)
+    on_lid = (index == 4) | (index == 5)
+    on_side = (index == 2) | (index == 3)
     mirrored = torch.where((index == 1) | (index == 7), -1., 1.)
-    fu, fv = _into(_FRONT, (mirrored * x + 1) / 2, (1 - y) / 2)
-    su, sv = _into(_SIDE, (torch.where(index == 2, -z, z) + 1) / 2, (1 - y) / 2)
-    lu, lv = _into(_LID, (x + 1) / 2, (z + 1) / 2)
-    return torch.where(lid, lu, torch.where(flank, su, fu)), torch.where(lid, lv, torch.where(flank, sv, fv))
+    front_u, front_v = _into(_FRONT, (mirrored * x + 1) / 2, (1 - y) / 2)
+    side_u, side_v = _into(_SIDE, (torch.where(index == 2, -z, z) + 1) / 2, (1 - y) / 2)
+    lid_u, lid_v = _into(_LID, (x + 1) / 2, (z + 1) / 2)
+    u = torch.where(on_lid, lid_u, torch.where(on_side, side_u, front_u))
+    v = torch.where(on_lid, lid_v, torch.where(on_side, side_v, front_v))
+    return u, v
 
-def _round_print(p, part, frusta, span):
+
+def _round_print(p: Tensor, part: Tensor, frusta: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
     "Atlas coordinates of hits p (B, N, 3) on round solids."
-    angle, s = torch.atan2(p[..., 0], p[..., 2]), span[:, None]
-    y0, y1 = frusta[:, 0, 0, None], frusta[:, 0, 1, None]
-    v = (y1 - p[..., 1]) / (y1 - y0)
+    angle = torch.atan2(p[..., 0], p[..., 2])
+    s = span[:, None]
+    y0 = frusta[:, 0, 0, None]
+    y1 = frusta[:, 0, 1, None]
+    height = (y1 - p[..., 1]) / (y1 - y0)
     behind = torch.where(angle > 0, angle - s, angle + 2 * math.pi - s) / (2 * (math.pi - s))
-    fu, fv = _into(_FRONT, (angle / s + 1) / 2, v)
-    bu, bv = _into(_SIDE, behind, v)
+    front_u, front_v = _into(_FRONT, (angle / s + 1) / 2, height)
+    back_u, back_v = _into(_SIDE, behind, height)
     r = frusta[:, 0, 2, None].clamp_min(1e-3)
-    lu, lv = _into(_LID, (p[..., 0] / r + 1) / 2, torch.where(part >= 3, (p[..., 2] / r + 1) / 2, (1 - p[..., 1]) * 1.5))
-    body, label = part == 0, angle.abs() < s
-    return torch.where(body, torch.where(label, fu, bu), lu), torch.where(body, torch.where(label, fv, bv), lv)
+    across = (p[..., 0] / r + 1) / 2
+    lid_u, lid_v = _into(_LID, across, torch.where(part >= 3, (p[..., 2] / r + 1) / 2, (1 - p[..., 1]) * 1.5))
+    on_body = part == 0
+    on_label = angle.abs() < s
+    u = torch.where(on_body, torch.where(on_label, front_u, back_u), lid_u)
+    v = torch.where(on_body, torch.where(on_label, front_v, back_v), lid_v)
+    return u, v
 
-# %% ../../nbs/synthetic/51_render.ipynb #c024
-def _shade(rgb, normal, view, pose):
+# %% ../../nbs/synthetic/51_render.ipynb #c026
+def _shade(rgb: Tensor, normal: Tensor, view: Tensor, pose: dict) -> Tensor:
+    "Colours (B, 3, N) under the light of a pose."
     light = pose["light"][:, None]
     lambert = (normal * light).sum(-1).clamp_min(0)
     half = F.normalize(light - view, dim=-1)
     highlight = pose["gloss"][:, None] * (normal * half).sum(-1).clamp(0, 1) ** pose["shine"][:, None]
     ambient = pose["ambient"][:, None]
     return rgb * (ambient + (1.15 - ambient) * lambert)[:, None] + highlight[:, None]
+
 
 @lru_cache
 def smooth_noise() -> Tensor:  # (1, 3, 128, 128)
@@ -167,76 +216,108 @@ def smooth_noise() -> Tensor:  # (1, 3, 128, 128)
     fields = np.stack([fractal(rng, 128, 128, beta) for beta in (1.9, 1.9, 1.5)])
     return torch.from_numpy(fields)[None].clamp(-2.5, 2.5)
 
-def _folds(u, v, pose, size):
+
+def _folds(u: Tensor, v: Tensor, pose: dict, size: int) -> Tensor:
     "Displacements and shading (B, 3, N) at atlas coordinates."
     grid = (torch.stack([u, v], -1) * 2 - 1) * pose["freq"][:, None, None] + pose["shift"][:, None]
     noise = smooth_noise().to(u.device).expand(len(u), -1, -1, -1)
-    field = F.grid_sample(noise, grid.view(len(u), size, size, 2), padding_mode="reflection", align_corners=False)
+    grid = grid.view(len(u), size, size, 2)
+    field = F.grid_sample(noise, grid, padding_mode="reflection", align_corners=False)
     return field.view(len(u), 3, -1) * pose["wrinkle"][:, None, None]
 
-# %% ../../nbs/synthetic/51_render.ipynb #c027
+# %% ../../nbs/synthetic/51_render.ipynb #c029
 def draw_pose(
     rng: np.random.Generator,  # source of all numbers
     n: int,  # number of views
-    strong: bool = True,  # whether to range as widely as photographs of scenes do, or as product pictures do
+    strong: bool = True,  # the range of photographs of scenes; False: of product pictures
 ) -> dict[str, Tensor]:  # angles, distance, light, surface: tensors of n rows
     "Random views and light. -> dict of (n, ...) tensors"
-    def u(low, high):
+    def uniform(low: float, high: float) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, n).astype(np.float32))
 
-    def g(deviation):
+    def normal(deviation: float) -> Tensor:
         return torch.from_numpy((deviation * rng.standard_normal(n)).astype(np.float32))
 
-    roll = torch.where(u(0, 1) < .15, u(-3.1, 3.1), g(.22)) if strong else g(.04)
-    across, above = u(-.8, .8), u(.0, .9)
-    return dict(yaw=(g(.42) if strong else g(.28)).clamp(-1.1, 1.1), pitch=(g(.22) + .22 if strong else g(.1) + .1).clamp(-.35, .9), roll=roll,
-                distance=u(2.6, 9) if strong else u(4, 14), light=F.normalize(torch.stack([across, above, u(.5, 1.2)], -1), dim=-1),
-                ambient=u(.35, .85) if strong else u(.6, .95), gloss=u(0, 1) ** 3 * (.9 if strong else .4), shine=u(8, 60), span=u(1.1, 1.7),
-                wrinkle=u(0, 1) ** 3 * .4, shift=torch.stack([u(-1, 1), u(-1, 1)], -1), freq=u(.3, 1.1))
+    if strong:
+        is_any = uniform(0, 1) < .15
+        roll = torch.where(is_any, uniform(-3.1, 3.1), normal(.22))
+    else:
+        roll = normal(.04)
+    across = uniform(-.8, .8)
+    above = uniform(.0, .9)
+    pose = dict(yaw=normal(.42 if strong else .28).clamp(-1.1, 1.1))
+    pose["pitch"] = (normal(.22) + .22 if strong else normal(.1) + .1).clamp(-.35, .9)
+    pose["roll"] = roll
+    pose["distance"] = uniform(2.6, 9) if strong else uniform(4, 14)
+    pose["light"] = F.normalize(torch.stack([across, above, uniform(.5, 1.2)], -1), dim=-1)
+    pose["ambient"] = uniform(.35, .85) if strong else uniform(.6, .95)
+    pose["gloss"] = uniform(0, 1) ** 3 * (.9 if strong else .4)
+    pose["shine"] = uniform(8, 60)
+    pose["span"] = uniform(1.1, 1.7)
+    pose["wrinkle"] = uniform(0, 1) ** 3 * .4
+    pose["shift"] = torch.stack([uniform(-1, 1), uniform(-1, 1)], -1)
+    pose["freq"] = uniform(.3, 1.1)
+    return pose
 
-# %% ../../nbs/synthetic/51_render.ipynb #c030
-def _rays(extents, pose, size):
-    "Ray origins (B, 3) and directions (B, N, 3) in object space, directions in camera space, rotation, aspect of the window."
+# %% ../../nbs/synthetic/51_render.ipynb #c032
+def _rays(extents: Tensor, pose: dict, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    "Origins (B, 3) and directions (B, N, 3) in object space, directions in camera space, rotation, aspect."
     turned = rotation(pose["yaw"], pose["pitch"], pose["roll"])
-    reach, b = pose["distance"] * extents.norm(dim=1).clamp_min(1), len(extents)
+    reach = pose["distance"] * extents.norm(dim=1).clamp_min(1)
+    b = len(extents)
     x0, y0, x1, y1 = window(extents, turned, reach).unbind(-1)
     line = (torch.arange(size, device=extents.device) + .5) / size * 1.04 - .02
-    x, y = x0[:, None] + (x1 - x0)[:, None] * line, y0[:, None] + (y1 - y0)[:, None] * line
-    grid = x[:, None].expand(b, size, size), -y[:, :, None].expand(b, size, size), -torch.ones(b, size, size, device=extents.device)
-    seen = F.normalize(torch.stack(grid, -1).view(b, -1, 3), dim=-1)
+    x = x0[:, None] + (x1 - x0)[:, None] * line
+    y = y0[:, None] + (y1 - y0)[:, None] * line
+    across = x[:, None].expand(b, size, size)
+    up = -y[:, :, None].expand(b, size, size)
+    grid = torch.stack([across, up, -torch.ones(b, size, size, device=extents.device)], -1)
+    in_camera = F.normalize(grid.view(b, -1, 3), dim=-1)
     nil = torch.zeros_like(reach)
     origin = (torch.stack([nil, nil, reach], -1)[:, None] @ turned)[:, 0]
-    return origin, seen @ turned, seen, turned, (x1 - x0) / (y1 - y0)
+    return origin, in_camera @ turned, in_camera, turned, (x1 - x0) / (y1 - y0)
 
-# %% ../../nbs/synthetic/51_render.ipynb #c033
-def _flat_hits(planes, extents, origin, direction):
+# %% ../../nbs/synthetic/51_render.ipynb #c035
+def _flat_hits(planes: Tensor, extents: Tensor, origin: Tensor, direction: Tensor) -> tuple:
     "Atlas coordinates, normals and hit masks of rays against flat-sided solids."
-    t, index, ok = _hit_planes(origin, direction, planes)
+    t, index, hit = _hit_planes(origin, direction, planes)
     p = origin[:, None] + t[..., None].clamp(-1e3, 1e3) * direction
     normal = torch.gather(planes[..., :3], 1, index[..., None].expand(-1, -1, 3))
-    return *_flat_print(p, index, extents), normal, ok
-
-def _round_hits(frusta, span, origin, direction):
-    "The same against round solids."
-    t, part, ok, slope = _hit_frusta(origin, direction, frusta)
-    p = origin[:, None] + t[..., None].clamp_max(1e3) * direction
-    up = torch.where(part == 3, 1., torch.where(part == 4, -1., 0.))
-    out = torch.stack([p[..., 0], -slope * (p[..., 0] ** 2 + p[..., 2] ** 2).sqrt(), p[..., 2]], -1)
-    level = torch.stack([torch.zeros_like(up), up, torch.zeros_like(up)], -1)
-    return *_round_print(p, part, frusta, span), torch.where((up != 0)[..., None], level, F.normalize(out, dim=-1)), ok
-
-def _hits(solids, origin, direction, span):
-    "Atlas coordinates, normals and hit masks of all rays."
-    planes, frusta, extents, is_round = solids
-    u = torch.zeros(direction.shape[:2], device=direction.device)
-    v, hit, normal = u.clone(), torch.zeros_like(u, dtype=torch.bool), torch.zeros_like(direction)
-    for i, trace in (((~is_round).nonzero()[:, 0], lambda i: _flat_hits(planes[i], extents[i], origin[i], direction[i])),
-                     (is_round.nonzero()[:, 0], lambda i: _round_hits(frusta[i], span[i], origin[i], direction[i]))):
-        if len(i):
-            u[i], v[i], normal[i], hit[i] = trace(i)
+    u, v = _flat_print(p, index, extents)
     return u, v, normal, hit
 
-# %% ../../nbs/synthetic/51_render.ipynb #c036
+
+def _round_hits(frusta: Tensor, span: Tensor, origin: Tensor, direction: Tensor) -> tuple:
+    "The same against round solids."
+    t, part, hit, slope = _hit_frusta(origin, direction, frusta)
+    p = origin[:, None] + t[..., None].clamp_max(1e3) * direction
+    up = torch.where(part == 3, 1., torch.where(part == 4, -1., 0.))
+    radius = (p[..., 0] ** 2 + p[..., 2] ** 2).sqrt()
+    outwards = torch.stack([p[..., 0], -slope * radius, p[..., 2]], -1)
+    upright = torch.stack([torch.zeros_like(up), up, torch.zeros_like(up)], -1)
+    normal = torch.where((up != 0)[..., None], upright, F.normalize(outwards, dim=-1))
+    u, v = _round_print(p, part, frusta, span)
+    return u, v, normal, hit
+
+
+def _hits(solids: tuple, origin: Tensor, direction: Tensor, span: Tensor) -> tuple:
+    "Atlas coordinates (B, N), normals (B, N, 3) and hit masks (B, N) of all rays."
+    planes, frusta, extents, is_round = solids
+    u = torch.zeros(direction.shape[:2], device=direction.device)
+    v = u.clone()
+    normal = torch.zeros_like(direction)
+    hit = torch.zeros_like(u, dtype=torch.bool)
+    flat = (~is_round).nonzero()[:, 0]
+    if len(flat):
+        traced = _flat_hits(planes[flat], extents[flat], origin[flat], direction[flat])
+        u[flat], v[flat], normal[flat], hit[flat] = traced
+    curved = is_round.nonzero()[:, 0]
+    if len(curved):
+        traced = _round_hits(frusta[curved], span[curved], origin[curved], direction[curved])
+        u[curved], v[curved], normal[curved], hit[curved] = traced
+    return u, v, normal, hit
+
+# %% ../../nbs/synthetic/51_render.ipynb #c038
 def render(
     solids: tuple[Tensor, Tensor, Tensor, Tensor],  # what `geometry` returned for B designs
     atlases: Tensor,  # (B, 3, S, 2S) uint8 prints
@@ -245,17 +326,18 @@ def render(
 ) -> tuple[Tensor, Tensor]:  # premultiplied RGBA (B, 4, size, size) in 0..1.2, and width / height (B,) of each view
     "Ray-trace a batch of objects. B solids, prints and poses -> sprites (B, 4, size, size), aspects (B,)"
     b = len(atlases)
-    origin, direction, seen, turned, aspect = _rays(solids[2], pose, size)
+    origin, direction, in_camera, turned, aspect = _rays(solids[2], pose, size)
     u, v, normal, hit = _hits(solids, origin, direction, pose["span"])
     fold = _folds(u, v, pose, size)
     texture = atlases.float().div_(255)
     while texture.shape[2] > 1.6 * size:
-        texture = F.avg_pool2d(texture, 2)                 # a print finer than the sprite would flicker
+        texture = F.avg_pool2d(texture, 2)  # a print finer than the sprite would flicker
     grid = torch.stack([(u + .035 * fold[:, 0]) * 2 - 1, (v + .035 * fold[:, 1]) * 2 - 1], -1).view(b, size, size, 2)
     rgb = F.grid_sample(texture, grid, mode="bilinear", padding_mode="border", align_corners=False).view(b, 3, -1)
     facing = normal @ turned.transpose(1, 2)
-    facing = F.normalize(torch.cat([facing[..., :2] + .5 * fold.transpose(1, 2)[..., :2], facing[..., 2:]], -1), dim=-1)
-    rgb = _shade(rgb, facing, seen, pose) * (1 + .25 * fold[:, 2:])
-    rgba = (torch.cat([rgb.clamp(0, 1.2), torch.ones_like(rgb[:, :1])], 1) * hit[:, None]).view(b, 4, size, size)
+    facing = torch.cat([facing[..., :2] + .5 * fold.transpose(1, 2)[..., :2], facing[..., 2:]], -1)
+    rgb = _shade(rgb, F.normalize(facing, dim=-1), in_camera, pose) * (1 + .25 * fold[:, 2:])
+    opaque = torch.cat([rgb.clamp(0, 1.2), torch.ones_like(rgb[:, :1])], 1)
+    rgba = (opaque * hit[:, None]).view(b, 4, size, size)
     inner = -F.max_pool2d(-rgba[:, 3:], 3, 1, 1)
     return torch.where(inner > 0, rgba, F.avg_pool2d(rgba, 3, 1, 1)), aspect
