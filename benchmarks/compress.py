@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.search import THREADS, faiss_all_images, timed, unit
-from patchify.compress import IVFPQIndex, PQIndex, memory, train_quantiser
+from patchify.compress import PQIndex, memory, train_quantiser
+from patchify.ivf import IVFPQIndex
 from patchify.search import ExactIndex
 
 IMAGES, PATCHES, DIM, QUERIES = 1000, 30, 512, 300

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from patchify.boxes import pyramid_boxes
-from patchify.compress import IVFPQIndex
+from patchify.ivf import IVFPQIndex
 from patchify.encoder import load_encoder
 from patchify.pyramid import cut_patches, cut_with_pil
-from patchify.pages.report import hardware
+from patchify.pages.page import hardware
 from patchify.search import ExactIndex
 
 

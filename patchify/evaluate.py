@@ -20,11 +20,13 @@ from .boxes import Regions, iou
 from .encoder import Encoder
 from .images import open_image
 from .localization import location_overlaps, locscores
+from .refine import rescore
 from .retrieval_set import Protocol, RetrievalSet
 from .scoring import Places, Ranking, protocol_report, rank_gallery
 from .search import ExactIndex, ImageIndex, SearchResult
 from .statistics import summarize
-from .store import Store, extract
+from .extraction import extract
+from .store import Store
 
 # %% ../nbs/core/08_evaluate.ipynb #c009
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def rank(
     level: int | None = None,  # search levels 0..level only; None: everything extracted
     only: int | None = None,  # search just the grid of this level
     index: Callable[[list[np.ndarray], np.ndarray], ImageIndex] = ExactIndex,  # (blocks, gallery rows) -> index
+    rescore_top: int = 0,  # images per query that are scored again with their exact descriptors; 0: none
 ) -> Retrieval:
     "Rank the gallery for every query: a `Described` -> a `Retrieval`, by exact search or with the index that `index` builds."
     levels = described.regions.levels
@@ -142,6 +145,9 @@ def rank(
     built = index(blocks, described.gallery.rows)
     started = time.perf_counter()
     ranking = rank_gallery(described.benchmark, described.queries, built)
+    if rescore_top:
+        result = rescore(ranking.result, described.queries, blocks, described.gallery.rows, rescore_top)
+        ranking = replace(ranking, result=result)
     seconds = time.perf_counter() - started
     size = getattr(built, "bytes_per_image", len(patch_rows) * blocks[0].shape[2] * blocks[0].itemsize)
     return Retrieval(described, ranking.result, patch_rows, size, seconds, places=ranking.places)

@@ -58,6 +58,13 @@ class TrainingPlan:
         "Decay of the averaged weights at a step. It grows to `ema`, so that the first weights are soon forgotten."
         return min(self.ema, (1 + step) / (10 + step))
 
+    def options(
+        self,
+        step: int,  # 0 .. steps - 1
+    ) -> dict:
+        "Options of the optimiser at a step; a subclass may also change others, such as the betas."
+        return {"lr": self.rate(step)}
+
 # %% ../nbs/core/19_learn.ipynb #c010
 def _make_optimizer(module: nn.Module, plan: TrainingPlan) -> torch.optim.Optimizer:
     "The plan's optimiser; parameters of one dimension are not decayed."
@@ -149,7 +156,7 @@ def train(
     steps = range(len(losses), last)
     for step in tqdm(steps, "training", initial=len(losses), total=plan.steps, unit="step", disable=None):
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group.update(plan.options(step))
         losses.append(_step(module, optimizer, loss_of, plan, step))
         if not math.isfinite(losses[-1]):
             kept = f"{path} holds the last good state" if path and path.exists() else "no checkpoint was written"

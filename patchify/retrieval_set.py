@@ -84,7 +84,7 @@ class RetrievalSet:
     name: str  # short name for reports
     root: Path  # folder that the paths are relative to
     # id, path, box (float32 (4,) xyxy or None), instance, category, subcategory (None where unknown);
-    # and, where the truth is listed per query: positives, or easy, hard and junk (gallery rows), usage (Public or Private)
+    # and, where the truth is listed per query: positives and junk, or easy, hard and junk (gallery rows); usage (Public, Private)
     queries: pd.DataFrame
     # id, path, boxes (float32 (n, 4) xyxy), instance (None for a distractor), scale, clutter (NaN where unknown)
     gallery: pd.DataFrame
@@ -135,7 +135,7 @@ class RetrievalSet:
 
     def _listed(self, setup: str) -> tuple[list, list]:
         "Positives and junk as the tables give them, before a query's own image is removed."
-        nothing = [()] * len(self.queries)
+        removed = self.queries["junk"].tolist() if "junk" in self.queries else [()] * len(self.queries)
         if {"easy", "hard", "junk"} <= set(self.queries):
             columns = (self.queries[name].tolist() for name in ("easy", "hard", "junk"))
             return revisited_setups(*columns)["medium" if setup == "all" else setup]
@@ -147,7 +147,7 @@ class RetrievalSet:
         if setup != "all":
             inside = self.queries["usage"].str.lower() == setup
             positives = [rows if used else rows[:0] for rows, used in zip(positives, inside)]
-        return positives, nothing
+        return positives, removed
 
     @cached_property
     def _own_images(self) -> list[np.ndarray]:

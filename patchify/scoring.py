@@ -18,7 +18,7 @@ import torch
 from .groups import CLUTTER_EDGES, SCALE_EDGES, by_category, by_group, split_positives
 from .metrics import AP_VARIANTS, average_precisions, oracle_ilias, positions, precision_within
 from .retrieval_set import Protocol, RetrievalSet
-from .search import QUERIES, ExactIndex, ImageIndex, SearchResult, as_queries
+from .search import QUERIES, ExactIndex, ImageIndex, SearchResult, _as_queries
 from .statistics import summarize
 
 # %% ../nbs/core/15_scoring.ipynb #c008
@@ -48,10 +48,12 @@ def _pair_scores(index: ImageIndex, group: torch.Tensor, queries: torch.Tensor, 
 
 def _count_before(index: ImageIndex, group: torch.Tensor, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     "For every (query, row) pair the images that precede it in the query's ranking; -1 if the index never scored it."
+    if not len(rows):
+        return rows
     scores = _pair_scores(index, group, queries, rows)
     counts = torch.bincount(queries, minlength=len(group))
     slots = torch.argsort(queries * (len(rows) + 1) + _rank_within(queries, scores))     # by query, then by score
-    width = int(counts.max()) if len(rows) else 0
+    width = int(counts.max())
     column = torch.arange(len(rows), device=rows.device) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     thresholds = torch.full((len(group), width), torch.inf, device=index.device)
     thresholds[queries[slots], column] = scores[slots]
@@ -61,9 +63,8 @@ def _count_before(index: ImageIndex, group: torch.Tensor, queries: torch.Tensor,
     start = 0
     for block, _ in index.parts(group):
         end = start + block.shape[1]
-        higher = _above(thresholds, block, right=False)[queries, column_of]
-        level = _above(thresholds, block, right=True)[queries, column_of]
-        before += torch.where(rows >= end, level, higher)
+        higher, level = _above(thresholds, block)
+        before += torch.where(rows >= end, level[queries, column_of], higher[queries, column_of])
         for pair in torch.nonzero((rows >= start) & (rows < end)).flatten().tolist():
             earlier = block[queries[pair], : int(rows[pair]) - start]
             before[pair] += (earlier == scores[pair]).sum()
@@ -78,12 +79,23 @@ def _rank_within(queries: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return ranks
 
 
-def _above(thresholds: torch.Tensor, block: torch.Tensor, right: bool) -> torch.Tensor:
-    "How many scores of a block exceed (right: or equal) each ascending threshold: (Q, L), (Q, b) -> (Q, L)."
-    reached = torch.searchsorted(thresholds, block.contiguous(), right=right)
-    histogram = torch.zeros(len(thresholds), thresholds.shape[1] + 1, dtype=torch.int64, device=block.device)
-    histogram.scatter_add_(1, reached, torch.ones_like(reached))
-    return histogram.flip(1).cumsum(1).flip(1)[:, 1:]
+def _above(thresholds: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "How many scores of a block exceed, and how many reach, each ascending threshold: (Q, L), (Q, b) -> 2 x (Q, L)."
+    block = block.contiguous()
+    exceeded = torch.searchsorted(thresholds, block)
+    higher = _at_least(exceeded, thresholds.shape[1])
+    equal = thresholds.gather(1, exceeded.clamp(max=thresholds.shape[1] - 1)) == block
+    if not equal.any():
+        return higher, higher
+    reached = torch.searchsorted(thresholds, block, right=True)
+    return higher, _at_least(reached, thresholds.shape[1])
+
+
+def _at_least(counts: torch.Tensor, width: int) -> torch.Tensor:
+    "How many of each row's counts are above 0, above 1, ..., above width - 1: (Q, b) -> (Q, width)."
+    offsets = torch.arange(len(counts), device=counts.device)[:, None] * (width + 1)
+    histogram = torch.bincount((counts + offsets).flatten(), minlength=len(counts) * (width + 1))
+    return histogram.view(len(counts), width + 1).flip(1).cumsum(1).flip(1)[:, 1:]
 
 # %% ../nbs/core/15_scoring.ipynb #c009
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def count_places(
 ) -> list[Places]:  # one per query; images that the index does not hold or never scored are missing
     "Positions of the wanted images in each query's full ranking, counted without sorting: (Q, D) -> Q x Places."
     found = []
-    for start, group in zip(range(0, len(queries), QUERIES), as_queries(queries, index.dim).split(QUERIES)):
+    for start, group in zip(range(0, len(queries), QUERIES), _as_queries(queries, index.dim).split(QUERIES)):
         owners, rows = _pairs(index.gallery_ids, wanted[start : start + QUERIES])
         pairs = [torch.from_numpy(values).to(index.device) for values in (owners, rows)]
         before = _count_before(index, group.to(index.device), *pairs).cpu().numpy()

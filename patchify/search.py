@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['Part', 'PENDING', 'QUERIES', 'SearchResult', 'patch_scores', 'best_patches', 'rank_images', 'as_blocks',
-           'read_blocks', 'ImageIndex', 'as_queries', 'as_gallery_ids', 'ExactIndex', 'block_images', 'merge', 'adapt',
-           'expand_queries']
+           'read_blocks', 'ImageIndex', 'as_gallery_ids', 'ExactIndex', 'block_images', 'merge']
 
 # %% ../nbs/core/06_search.ipynb #c003
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/core/06_search.ipynb #c008
+# %% ../nbs/core/06_search.ipynb #c010
 @dataclass(frozen=True)
 class SearchResult:
     "Ranked images of each query and the patch that won in each: three arrays (Q, K)."
@@ -29,53 +29,90 @@ class SearchResult:
         return f"SearchResult({self.ranks.shape[0]} queries x {self.ranks.shape[1]} images)"
 
     def __post_init__(self):
-        shapes = [np.shape(a) for a in (self.scores, self.ranks, self.patch_ids)]
+        shapes = [np.shape(table) for table in (self.scores, self.ranks, self.patch_ids)]
         if len(set(shapes)) > 1 or len(shapes[0]) != 2:
             raise ValueError(f"scores, ranks and patch_ids must be three tables of one shape (Q, K), got {shapes}")
+
+    @staticmethod
+    def stack(results: Sequence["SearchResult"]) -> "SearchResult":
+        "Results of different queries, all of one width, below one another."
+        scores = np.concatenate([part.scores for part in results])
+        ranks = np.concatenate([part.ranks for part in results])
+        return SearchResult(scores, ranks, np.concatenate([part.patch_ids for part in results]))
 
     @property
     def unreached(self) -> np.ndarray:  # (Q,) int64
         "How many of the listed images a compressed index ranked last because it never looked at them."
         return ((np.asarray(self.scores) == -np.inf) & (np.asarray(self.ranks) >= 0)).sum(axis=1)
 
-# %% ../nbs/core/06_search.ipynb #c011
+# %% ../nbs/core/06_search.ipynb #c013
+def _onednn_linear():
+    "PyTorch's operator for oneDNN's linear layer, None where this version has it no more or calls it otherwise."
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        operator(torch.zeros(2, 3), torch.zeros(4, 3), None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return operator
+
+
+_ONEDNN_LINEAR = _onednn_linear()
+
+
+def _linear(patches: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    "patches @ queries.T, (R, D), (Q, D) -> (R, Q). On a CPU with oneDNN, equal patches give equal rows to the bit."
+    if patches.is_cuda or not torch.backends.mkldnn.is_available():
+        return patches @ queries.T
+    if _ONEDNN_LINEAR is not None:
+        return _ONEDNN_LINEAR(patches, queries, None, "none", [], "")
+    return F.linear(patches.to_mkldnn(), queries.to_mkldnn()).to_dense()
+
+
 def patch_scores(
     block: torch.Tensor,  # (b, P, D) float32 descriptors of b images
     queries: torch.Tensor,  # (Q, D) float32, on the same device
-    images: int = 0,  # compute as if the block held at least so many images, so that short blocks are treated like full ones
+    images: int = 0,  # pad the block to so many images, so that a short block is computed like a full one
 ) -> torch.Tensor:  # (Q, b, P) float32 inner products
     "Inner products of every query with every patch of a block: (b, P, D), (Q, D) -> (Q, b, P)."
     b, n_patches, dim = block.shape
     if b < images:
         block = F.pad(block, (0, 0, 0, 0, 0, images - b))
-    patches = block.reshape(-1, dim)
-    if patches.is_cuda or not torch.backends.mkldnn.is_available():
-        scores = patches @ queries.T
-    else:
-        scores = torch.ops.mkldnn._linear_pointwise(patches, queries, None, "none", [], "")
+    scores = _linear(block.reshape(-1, dim), queries)
     return scores.view(len(block), n_patches, -1)[:b].permute(2, 0, 1)
 
-# %% ../nbs/core/06_search.ipynb #c016
+# %% ../nbs/core/06_search.ipynb #c018
 def best_patches(
     scores: torch.Tensor,  # (Q, b, P) similarity of every patch
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Q, b) float32 image scores, (Q, b) int32 winning patch
     "Score of each image and the patch that gave it, the lower one in a tie: (Q, b, P) -> (Q, b), (Q, b)."
     n_patches = scores.shape[2]
-    picture = scores.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, Q, b, P), with strides that PyTorch knows as channels-last
+    picture = scores.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, Q, b, P), read as channels-last
     best, where = F.max_pool2d(picture, (1, n_patches), return_indices=True)
     return best[0, :, :, 0], (where[0, :, :, 0] % n_patches).int()
 
-# %% ../nbs/core/06_search.ipynb #c019
+# %% ../nbs/core/06_search.ipynb #c021
 Part = tuple[torch.Tensor, torch.Tensor]  # image scores (Q, b) and winning patches (Q, b) of the next b images
-PENDING = 4096  # images that may wait beside the k best before the list is cut again
+PENDING = 2**20  # scores, of all queries together, that may wait beside the k best before the list is cut again
 
 
-def _keep(parts: list, k: int | None) -> tuple[torch.Tensor, ...]:
+def _best_columns(scores: torch.Tensor, k: int | None) -> torch.Tensor:  # (Q, min(k, b)) int64
+    "Columns of the k best scores of each row, best first, equal scores from left to right: (Q, b) -> (Q, k)."
+    if scores.is_cuda:
+        return scores.sort(dim=1, descending=True, stable=True)[1][:, :k]
+    bits = (scores.numpy() + np.float32(0)).view(np.int32)  # the sum turns -0.0 into 0.0
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the scores
+    keys = -rising.astype(np.int64) << 32 | np.arange(scores.shape[1])
+    if k is not None and k < keys.shape[1]:
+        keys = np.partition(keys, k - 1, axis=1)[:, :k]
+    keys.sort(axis=1)
+    return torch.from_numpy(keys & 0xFFFFFFFF)
+
+
+def _keep_top(parts: list, k: int | None) -> tuple[torch.Tensor, ...]:
     "The k best of (scores, images, patches) tables laid side by side, equal scores in their order of arrival."
     scores, images, patches = (torch.cat(tables, dim=1) for tables in zip(*parts))
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    order = order[:, :k]
-    return scores[:, :k], images.gather(1, order), patches.gather(1, order)
+    order = _best_columns(scores, k)
+    return scores.gather(1, order), images.gather(1, order), patches.gather(1, order)
 
 
 def rank_images(
@@ -83,19 +120,23 @@ def rank_images(
     k: int | None = None,  # images to keep per query, None = all
 ) -> SearchResult:  # (Q, min(k, n)), ranks counted from the first image of the first block
     "Merge the scores of consecutive blocks into one ranking, lower index first in a tie."
-    waiting, seen, width = [], 0, 0
+    waiting = []
+    seen = 0
+    width = 0
     for scores, patches in parts:
         images = torch.arange(seen, seen + scores.shape[1], dtype=torch.int32, device=scores.device)
         waiting.append((scores, images.expand(len(scores), -1), patches))
-        seen, width = seen + scores.shape[1], width + scores.shape[1]
-        if k is not None and width >= k + PENDING:
-            waiting, width = [_keep(waiting, k)], k
-    scores, images, patches = (table.cpu().numpy() for table in _keep(waiting, k))
+        seen += scores.shape[1]
+        width += scores.shape[1]
+        if k is not None and width >= k + max(k, PENDING // len(scores)):
+            waiting = [_keep_top(waiting, k)]
+            width = k
+    scores, images, patches = (table.cpu().numpy() for table in _keep_top(waiting, k))
     return SearchResult(scores, images.astype(np.int64), patches.astype(np.int64))
 
-# %% ../nbs/core/06_search.ipynb #c022
+# %% ../nbs/core/06_search.ipynb #c024
 def as_blocks(
-    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D), or consecutive blocks of it; float32 or float16, may be memory maps
+    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks of it; float32 or float16, may be memory maps
 ) -> list[np.ndarray]:  # blocks (n_i, P, D), untouched
     "The gallery as a list of blocks that agree in patches and dimension."
     blocks = [descriptors] if hasattr(descriptors, "ndim") else list(descriptors)
@@ -103,74 +144,89 @@ def as_blocks(
         if block.ndim != 3 or min(block.shape[1:]) < 1:
             raise ValueError(f"descriptors must be (images, patches, dim), block {i} is {tuple(block.shape)}")
         if block.shape[1:] != blocks[0].shape[1:]:
-            raise ValueError(f"descriptors of one gallery must agree in patches and dim: block {i} has {tuple(block.shape[1:])}, "
-                             f"block 0 has {tuple(blocks[0].shape[1:])}")
+            raise ValueError(f"descriptors of one gallery must agree in patches and dim: "
+                             f"block {i} has {tuple(block.shape[1:])}, block 0 has {tuple(blocks[0].shape[1:])}")
     if not sum(map(len, blocks)):
         raise ValueError("descriptors hold no image")
     return blocks
 
-
+# %% ../nbs/core/06_search.ipynb #c027
 def read_blocks(
     blocks: list[np.ndarray],  # from `as_blocks`
     images: int,  # images to read at a time
-) -> Iterator[torch.Tensor]:  # (b, P, D) float32, b <= images
-    "Walk through a gallery in float32 pieces of one size, across the borders of its blocks, refusing values that are not finite."
-    ends = np.cumsum([len(stored) for stored in blocks])
-    for first in range(0, ends[-1], images):
-        last = min(first + images, ends[-1])
-        touched = range(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
-        parts = [blocks[i][max(0, first - ends[i] + len(blocks[i])):last - ends[i] + len(blocks[i])] for i in touched]
-        stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        piece = torch.from_numpy(np.require(stored, requirements=["C", "W"])).float()
-        if not piece.sum().isfinite():
+    check: bool = True,  # refuse NaN and infinity
+) -> Iterator[torch.Tensor]:  # (b, P, D) float32, b <= images; read-only
+    "Walk through a gallery in float32 pieces of one size, across the borders of its blocks."
+    n = sum(map(len, blocks))
+    for first in range(0, n, images):
+        piece = _read(blocks, first, min(first + images, n))
+        if check and not piece.sum().isfinite():
             bad = first + int((~piece.isfinite()).flatten(1).any(1).int().argmax())
             raise ValueError(f"descriptors of gallery image {bad} hold NaN or infinity")
         yield piece
 
-# %% ../nbs/core/06_search.ipynb #c025
-QUERIES = 2048  # queries scored at a time: bounds memory whatever is asked
+
+def _read(blocks: list[np.ndarray], first: int, last: int) -> torch.Tensor:
+    "Images first..last, (last - first, P, D) float32. What lies in one float32 block is not copied: read-only."
+    ends = np.cumsum([len(stored) for stored in blocks])
+    touched = range(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
+    starts = ends - [len(stored) for stored in blocks]
+    parts = [blocks[i][max(0, first - starts[i]):last - starts[i]] for i in touched]
+    stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if min(stored.strides) < 0:
+        stored = np.ascontiguousarray(stored)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(stored).float()
+
+# %% ../nbs/core/06_search.ipynb #c030
+QUERIES = 2048  # queries scored at a time
 
 
 class ImageIndex(ABC):
-    "Ranks gallery images by their best patch; a kind of index says how blocks are scored."
+    "Ranks gallery images by their best patch. A kind of index defines `search_rows`."
 
     gallery_ids: np.ndarray  # (n,) int64 gallery index of each image, rising
     dim: int  # D
     device: torch.device  # where scores are computed
 
     @abstractmethod
-    def parts(self, queries: torch.Tensor) -> Iterator[Part]:
-        "Image scores and winning patches, (Q, b) each, of consecutive blocks of the gallery."
+    def search_rows(self, queries: torch.Tensor, k: int) -> SearchResult:
+        "The k best images of each query (Q, D), k <= n; `ranks` holds rows of the index."
 
     def __len__(self) -> int:
         return len(self.gallery_ids)
 
-    def search(self, queries: np.ndarray, k: int | None = None) -> SearchResult:
-        "The k best images of each query, None = all of them: (Q, D) -> SearchResult (Q, min(k, n))."
+    def search(
+        self,
+        queries: np.ndarray,  # (Q, D) unit rows
+        k: int | None = None,  # images per query, None = all
+    ) -> SearchResult:  # (Q, min(k, n))
+        "The k best images of each query: (Q, D) -> SearchResult (Q, min(k, n))."
         if not len(self):
             raise ValueError("the index holds no image")
-        queries = as_queries(queries, self.dim)
+        queries = _as_queries(queries, self.dim)
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, or None for all images, got {k}")
         k = min(k or len(self), len(self))
-        found = [rank_images(self.parts(some.to(self.device)), k) for some in queries.split(QUERIES)]
-        scores, ranks, patch_ids = (np.concatenate([getattr(f, name) for f in found]) for name in ("scores", "ranks", "patch_ids"))
-        return SearchResult(scores, self.gallery_ids[ranks], patch_ids)
+        found = SearchResult.stack([self.search_rows(some.to(self.device), k) for some in queries.split(QUERIES)])
+        return SearchResult(found.scores, self.gallery_ids[found.ranks], found.patch_ids)
 
 
-def as_queries(queries: np.ndarray, dim: int) -> torch.Tensor:
-    "Queries as a finite float32 tensor (Q, dim), or a sentence that says what is wrong with them."
+def _as_queries(queries: np.ndarray, dim: int) -> torch.Tensor:
+    "Queries as a finite float32 tensor (Q, dim)."
     queries = torch.from_numpy(np.require(queries, np.float32, ["C", "W"]))
     if queries.ndim != 2 or not len(queries) or queries.shape[1] != dim:
         raise ValueError(f"queries must be (Q, {dim}), the dimension of the gallery, got {tuple(queries.shape)}")
     if not queries.isfinite().all():
-        raise ValueError(f"queries hold NaN or infinity, first in row {int((~queries.isfinite()).any(1).int().argmax())}")
+        bad = int((~queries.isfinite()).any(1).int().argmax())
+        raise ValueError(f"queries hold NaN or infinity, first in row {bad}")
     return queries
 
-# %% ../nbs/core/06_search.ipynb #c027
+# %% ../nbs/core/06_search.ipynb #c033
 def as_gallery_ids(
     gallery_ids: np.ndarray | None,  # (n,) rising int indices, None = 0..n-1
-    n: int,  # images they have to name
+    n: int,  # images in the index
 ) -> np.ndarray:  # (n,) int64
     "Gallery index of each indexed image."
     ids = np.arange(n) if gallery_ids is None else np.asarray(gallery_ids)
@@ -180,13 +236,13 @@ def as_gallery_ids(
         raise ValueError("gallery_ids must rise and not be negative")
     return ids.astype(np.int64)
 
-
+# %% ../nbs/core/06_search.ipynb #c036
 class ExactIndex(ImageIndex):
     "Exact ranking of all images by their best patch. Patchify, section 3."
 
     def __init__(
         self,
-        descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or consecutive blocks of it, float32 or float16, may be memory maps
+        descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks; float32 or float16, may be memory maps
         gallery_ids: np.ndarray | None = None,  # (n,) rising gallery indices, None = 0..n-1
         device: str | None = None,  # torch device that computes, None = cuda where there is one
     ):
@@ -194,12 +250,21 @@ class ExactIndex(ImageIndex):
         self.gallery_ids = as_gallery_ids(gallery_ids, sum(map(len, self.blocks)))
         self.n_patches, self.dim = self.blocks[0].shape[1:]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.checked = False  # whether all descriptors are known to be finite
+
+    def search_rows(self, queries: torch.Tensor, k: int) -> SearchResult:
+        "The k best rows of each query."
+        return rank_images(self.parts(queries), k)
 
     def parts(self, queries: torch.Tensor) -> Iterator[Part]:
         "Scores of consecutive blocks, each small enough for the processor's cache."
         images = block_images(len(queries), self.n_patches, self.dim, self.device)
-        for block in read_blocks(self.blocks, images):
-            yield best_patches(patch_scores(block.to(self.device), queries, images))
+        for block in read_blocks(self.blocks, images, check=not self.checked):
+            new = len(block)
+            if new < images <= len(self):
+                block = _read(self.blocks, len(self) - images, len(self))
+            yield best_patches(patch_scores(block.to(self.device), queries, images)[:, -new:])
+        self.checked = True
 
 
 def block_images(n_query: int, n_patches: int, dim: int, device: torch.device) -> int:
@@ -207,42 +272,15 @@ def block_images(n_query: int, n_patches: int, dim: int, device: torch.device) -
     floats = 2**26 if device.type == "cuda" else 2**21
     return max(1, min(floats // (n_patches * n_query), 2 * floats // (n_patches * dim), 1024))
 
-# %% ../nbs/core/06_search.ipynb #c036
+# %% ../nbs/core/06_search.ipynb #c043
 def merge(
     results: Sequence[SearchResult],  # same queries, disjoint parts of one gallery, ranks in indices of the whole
     k: int | None = None,  # images to keep per query, None = all
 ) -> SearchResult:  # (Q, min(k, sum of the widths))
-    "One ranking out of several, by score and then by gallery index."
-    scores, ranks, patch_ids = (np.concatenate([getattr(r, name) for r in results], axis=1) for name in ("scores", "ranks", "patch_ids"))
+    "One ranking from several, by score and then by gallery index."
+    scores = np.concatenate([part.scores for part in results], axis=1)
+    ranks = np.concatenate([part.ranks for part in results], axis=1)
+    patch_ids = np.concatenate([part.patch_ids for part in results], axis=1)
     by_index = np.where(ranks < 0, np.iinfo(np.int64).max, ranks)
     order = np.lexsort((by_index, -scores), axis=1)[:, :k]
-    return SearchResult(*(np.take_along_axis(a, order, axis=1) for a in (scores, ranks, patch_ids)))
-
-# %% ../nbs/core/06_search.ipynb #c039
-def adapt(
-    vectors: np.ndarray,  # (..., D)
-    weight: np.ndarray,  # (E, D) of the trained layer
-    bias: np.ndarray,  # (E,)
-) -> np.ndarray:  # (..., E) unit rows
-    "ILIAS's linear adaptation: (..., D) -> (..., E) unit rows."
-    adapted = vectors @ weight.T + bias
-    return adapted / np.linalg.norm(adapted, axis=-1, keepdims=True)
-
-
-def expand_queries(
-    queries: np.ndarray,  # (Q, E) unit rows, as they were searched
-    found: SearchResult,  # what they found
-    index: ExactIndex,  # over the raw descriptors (n, P, D) of the same images
-    count: int = 3,  # images to learn from
-    through: Callable[[np.ndarray], np.ndarray] = np.asarray,  # (..., D) -> (..., E), the adaptation of the queries if there was one
-) -> np.ndarray:  # (Q, E) unit rows, to search again
-    "Each query averaged with the patches that won in its first images, weighed by their scores: (Q, E) -> (Q, E)."
-    if not 1 <= count <= found.ranks.shape[1] or (found.ranks[:, :count] < 0).any():
-        raise ValueError(f"count must be between 1 and the {found.ranks.shape[1]} images that every query found, got {count}")
-    rows = np.searchsorted(index.gallery_ids, found.ranks[:, :count])
-    starts = np.cumsum([0, *map(len, index.blocks)])
-    block = np.searchsorted(starts, rows, side="right") - 1
-    winners = [index.blocks[b][row - starts[b], patch] for b, row, patch in zip(block.flat, rows.flat, found.patch_ids[:, :count].flat)]
-    neighbours = through(found.scores[:, :count, None] * np.stack(winners).astype(np.float32).reshape(*rows.shape, -1))
-    expanded = queries + neighbours.sum(axis=1)
-    return (expanded / np.linalg.norm(expanded, axis=1, keepdims=True)).astype(np.float32)
+    return SearchResult(*(np.take_along_axis(table, order, axis=1) for table in (scores, ranks, patch_ids)))

@@ -2,6 +2,9 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
+from multiprocessing import get_context
 
 import faiss
 import numpy as np
@@ -9,8 +12,15 @@ import pytest
 import torch
 
 from patchify import compress as module
-from patchify.compress import IVFPQIndex, PQIndex, decoded_parts, memory, open_index, probed_lists, recall, scanned_parts, train_quantiser, training_patches, training_vectors
-from patchify.search import ExactIndex, SearchResult, rank_images
+from patchify import files, indexfiles, ivf
+from patchify.boxes import Regions
+from patchify.compress import PQIndex, decoded_parts, memory, recall, train_quantiser, training_patches, training_vectors
+from patchify.data.registry import load
+from patchify.encoder import load_encoder
+from patchify.evaluate import describe, rank
+from patchify.indexfiles import merge_indexes, open_index, save_index
+from patchify.ivf import IVFPQIndex, probed_lists, scan_all, scan_top
+from patchify.search import ExactIndex, SearchResult, merge, rank_images
 
 FIELDS = ("scores", "ranks", "patch_ids")
 N, P, D, Q = 150, 5, 24, 12
@@ -34,8 +44,12 @@ def queries(gallery):
 
 
 def made(kind, gallery, **settings):
-    settings = dict(n_subvectors=6, n_bits=5) | ({"n_lists": 16} if kind is IVFPQIndex else {}) | settings
+    settings = dict(n_subvectors=6, n_bits=5, n_iter=10) | ({"n_lists": 16} if kind is IVFPQIndex else {}) | settings
     return kind(**settings).train(gallery, LEVELS).add(gallery)
+
+
+def top(result, k):
+    return SearchResult(*(getattr(result, name)[:, :k] for name in FIELDS))
 
 
 def assert_same(a, b):
@@ -67,7 +81,7 @@ def test_ranks_all_images_by_the_best_code(kind, metric, opq, residual, gallery,
     assert (np.sort(found.ranks, axis=1) == np.arange(N)).all() and not found.unreached.any()
     np.testing.assert_allclose(found.scores, np.sort(expected.max(2))[:, ::-1], atol=2e-5)
     np.testing.assert_allclose(found.scores, expected[rows, found.ranks, found.patch_ids], atol=2e-5)
-    assert_same(index.search(queries, 7), SearchResult(*(getattr(found, name)[:, :7] for name in FIELDS)))
+    assert_same(index.search(queries, 7), top(found, 7))
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
@@ -79,7 +93,7 @@ def test_scanning_and_decoding_agree(metric, opq, n_probe, gallery, queries):
     index.core.nprobe = n_probe
     probed = probed_lists(index.core, turned)
     expected = brute_force(index, queries, probed.numpy()).max(2)
-    for parts in (scanned_parts(index, turned), decoded_parts(index, turned, probed)):
+    for parts in ([scan_all(index, turned)], decoded_parts(index, turned, probed)):
         scores, patches = (torch.cat(tables, 1).numpy() for tables in zip(*parts))
         np.testing.assert_array_equal(np.isinf(scores), np.isinf(expected))
         np.testing.assert_allclose(scores[np.isfinite(scores)], expected[np.isfinite(expected)], atol=2e-5)
@@ -134,7 +148,7 @@ def test_full_probe_without_residuals_is_pq(gallery, queries):
 @pytest.mark.parametrize("opq", [False, True])
 def test_batches_equal_one_go_and_removal_equals_never_added(kind, opq, gallery, queries):
     whole = made(kind, gallery, opq=opq, n_iter=3)
-    batches = kind(**{f.name: getattr(whole, f.name) for f in module.fields(whole)}).train(gallery, LEVELS)
+    batches = kind(**{f.name: getattr(whole, f.name) for f in fields(whole)}).train(gallery, LEVELS)
     for part in np.split(gallery, [40, 41, 120]):
         batches.add(part)
         batches.search(queries[:1])
@@ -142,7 +156,7 @@ def test_batches_equal_one_go_and_removal_equals_never_added(kind, opq, gallery,
     gone = np.array([0, 7, 40, 41, N - 1])
     kept = np.setdiff1d(np.arange(N), gone)
     batches.remove(gone)
-    never = kind(**{f.name: getattr(whole, f.name) for f in module.fields(whole)}).train(gallery, LEVELS).add(gallery[kept], kept)
+    never = kind(**{f.name: getattr(whole, f.name) for f in fields(whole)}).train(gallery, LEVELS).add(gallery[kept], kept)
     for index in (batches, never):
         index.n_probe = 5
     np.testing.assert_allclose(batches.search(queries).scores, never.search(queries).scores, atol=1e-5)
@@ -165,33 +179,33 @@ def test_saved_and_opened(kind, opq, metric, gallery, queries, tmp_path):
     if kind is IVFPQIndex:
         index.n_probe = 6
     expected = index.search(queries)
-    path = index.save(tmp_path / "an index")
+    path = save_index(index, tmp_path / "an index")
     assert os.listdir(tmp_path) == ["an index"]
     assert_same(index.search(queries), expected)
     opened = open_index(path)
-    assert type(opened) is kind and [getattr(opened, f.name) for f in module.fields(opened)] == [getattr(index, f.name) for f in module.fields(index)]
+    assert type(opened) is kind and [getattr(opened, f.name) for f in fields(opened)] == [getattr(index, f.name) for f in fields(index)]
     assert_same(opened.search(queries), expected)
     counted = memory(index)
     assert counted == memory(opened) and 0 <= path.stat().st_size - counted.total < 2048 + 16 * 16, "bytes counted = bytes on disk"
     first = path.read_bytes()
-    assert opened.save(tmp_path / "again").read_bytes() == first
+    assert save_index(opened, tmp_path / "again").read_bytes() == first
     opened.add(gallery[:4]).remove([0]).search(queries)
     assert path.read_bytes() == first, "changing an opened index leaves the file alone"
-    opened.save(path)
+    save_index(opened, path)
     assert len(open_index(path)) == N + 3
     assert faiss.read_index(str(path)).ntotal == (N + 3) * P, "FAISS itself can read the file"
 
 
 def test_inverted_lists_stay_on_disk(gallery, tmp_path):
-    opened = open_index(made(IVFPQIndex, gallery).save(tmp_path / "i"))
+    opened = open_index(save_index(made(IVFPQIndex, gallery), tmp_path / "i"))
     assert isinstance(faiss.downcast_InvertedLists(opened.core.invlists), faiss.OnDiskInvertedLists)
 
 
 @pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
 def test_cut_or_foreign_files_are_refused(kind, gallery, tmp_path):
-    path = made(kind, gallery).save(tmp_path / "i")
+    path = save_index(made(kind, gallery), tmp_path / "i")
     whole = path.read_bytes()
-    bad = [b"", b"x", whole[:-1], whole[:len(whole) // 2], whole[: -len(module.MAGIC)], whole[1:], whole + b"x", whole[:100] + whole[200:], os.urandom(4000),
+    bad = [b"", b"x", whole[:-1], whole[:len(whole) // 2], whole[: -len(indexfiles.MAGIC)], whole[1:], whole + b"x", whole[:100] + whole[200:], os.urandom(4000),
            b"\x89PNG\r\n\x1a\n" + bytes(500)]
     for content in bad:
         path.write_bytes(content)
@@ -205,7 +219,7 @@ def test_cut_or_foreign_files_are_refused(kind, gallery, tmp_path):
 
 
 def test_damage_inside_is_refused(gallery, tmp_path):
-    path = made(PQIndex, gallery).save(tmp_path / "i")
+    path = save_index(made(PQIndex, gallery), tmp_path / "i")
     whole = bytearray(path.read_bytes())
     whole[:4] = b"root"
     path.write_bytes(whole)
@@ -214,15 +228,15 @@ def test_damage_inside_is_refused(gallery, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(gallery, tmp_path, monkeypatch):
-    path = made(PQIndex, gallery).save(tmp_path / "i")
+    path = save_index(made(PQIndex, gallery), tmp_path / "i")
     before = path.read_bytes()
 
     def broken(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(module.os, "fsync", broken)
+    monkeypatch.setattr(files.os, "fsync", broken)
     with pytest.raises(OSError):
-        made(PQIndex, gallery, seed=3).save(path)
+        save_index(made(PQIndex, gallery, seed=3), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["i"]
 
 
@@ -247,7 +261,7 @@ def test_training_vectors_come_from_the_right_rows(limit):
 
 
 def test_same_seed_same_index_other_seed_another(gallery, tmp_path):
-    a, b, c = (made(IVFPQIndex, gallery, seed=seed).save(tmp_path / name).read_bytes() for seed, name in ((0, "a"), (0, "b"), (1, "c")))
+    a, b, c = (save_index(made(IVFPQIndex, gallery, seed=seed), tmp_path / name).read_bytes() for seed, name in ((0, "a"), (0, "b"), (1, "c")))
     assert a == b and len(a) == len(c) and a != c
 
 
@@ -298,7 +312,7 @@ def test_float16_memory_maps_train_and_add(gallery, queries, tmp_path):
     (lambda g, q: PQIndex(6, 4).train(g).add(g * np.nan), "gallery image 0 hold NaN"),
     (lambda g, q: PQIndex(6, 4).add(g), "call train first"),
     (lambda g, q: PQIndex(6, 4).search(q), "holds no image"),
-    (lambda g, q: PQIndex(6, 4).save("nothing"), "has not been trained"),
+    (lambda g, q: save_index(PQIndex(6, 4), "nothing"), "has not been trained"),
     (lambda g, q: PQIndex(6, 4).train(g).search(q), "holds no image"),
     (lambda g, q: PQIndex(6, 4).train(g).add(g[:, :3]), r"\(patches, dim\) = \(5, 24\)"),
     (lambda g, q: PQIndex(6, 4).train(g).add(g).add(g, np.arange(N)), "must continue after 149"),
@@ -337,21 +351,11 @@ def test_threads_wait_passively_and_no_polysemous_training():
 
 @pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
 def test_a_gpu_takes_over_the_coarse_kmeans_alone(kind, gallery, tmp_path, monkeypatch):
-    without, given = made(kind, gallery).save(tmp_path / "cpu").read_bytes(), []
+    without, given = save_index(made(kind, gallery), tmp_path / "cpu").read_bytes(), []
     monkeypatch.setattr(module.faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(module.faiss, "index_cpu_to_all_gpus", lambda flat: given.append(flat) or flat)
-    assert made(kind, gallery).save(tmp_path / "gpu").read_bytes() == without
+    assert save_index(made(kind, gallery), tmp_path / "gpu").read_bytes() == without
     assert [index.ntotal for index in given] == ([16] if kind is IVFPQIndex else []), "the centroids were learnt through the index handed over"
-
-
-@pytest.mark.parametrize("pieces", [D, D // 2, D // 4])
-def test_padding_short_pieces_leaves_the_codebooks_alone(pieces, gallery):
-    vectors = gallery.reshape(-1, D)
-    ours, plain = faiss.IndexPQ(D, pieces, 4), faiss.IndexPQ(D, pieces, 4)
-    plain.pq.cp.niter, plain.pq.cp.seed, plain.pq.cp.min_points_per_centroid, plain.pq.cp.max_points_per_centroid = 3, 1234, 1, 256
-    plain.train(vectors)
-    train_quantiser(ours, vectors, 3, 256, seed=0)
-    np.testing.assert_allclose(faiss.vector_to_array(ours.pq.centroids), faiss.vector_to_array(plain.pq.centroids), atol=1e-4)
 
 
 def test_training_is_silent_and_quiet_about_few_points(gallery, capfd):
@@ -365,3 +369,132 @@ def test_merged_ranking_of_exact_and_compressed_have_one_shape(gallery, queries)
     a, b = ExactIndex(gallery).search(queries, 20), made(PQIndex, gallery).search(queries, 20)
     assert all(getattr(a, name).shape == getattr(b, name).shape for name in FIELDS)
     assert isinstance(rank_images([(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32))]), SearchResult)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("opq", [False, True])
+@pytest.mark.parametrize("n_probe", [1, 2, 5])
+@pytest.mark.parametrize("k", [1, 3, 18, 60, N + 9])
+def test_few_images_are_the_first_of_all_images(metric, opq, n_probe, k, gallery, queries, monkeypatch):
+    "With few images and few visited lists the scan is bounded; with all images it fills a table."
+    twins = gallery.copy()
+    twins[[30, 90]] = twins[3]
+    twins[:, 4] = twins[:, 1]
+    index = made(IVFPQIndex, twins, metric=metric, opq=opq, n_probe=n_probe, n_iter=4)
+    whole, calls = index.search(queries), []
+    monkeypatch.setattr(ivf, "scan_top", lambda *a: calls.append(a) or scan_top(*a))
+    assert_same(index.search(queries, k), top(whole, k))
+    assert len(calls) == (8 * k < N)
+
+
+def test_lists_of_patches_are_bounded_whatever_k(gallery, queries, monkeypatch):
+    from patchify import flat
+
+    index = made(IVFPQIndex, gallery, n_probe=3)
+    whole, sizes = index.search(queries), []
+    group = flat.group_patches
+    monkeypatch.setattr(flat, "PATCHES_AT_ONCE", 200)
+    monkeypatch.setattr(flat, "group_patches", lambda values, *a: sizes.append(values.size) or group(values, *a))
+    index.core.nprobe = 3
+    assert_same(scan_top(index, torch.from_numpy(queries), 40), top(whole, 40))
+    assert max(sizes) <= max(200, N * P), "at most the limit, or a single query"
+
+
+def test_tables_of_all_images_are_made_for_a_few_queries_at_a_time(gallery, queries, monkeypatch):
+    index = made(IVFPQIndex, gallery, n_probe=4)
+    before, widths = index.search(queries), []
+    monkeypatch.setattr(ivf, "CODES_AT_ONCE", 2.5 * N * P / 4)
+    monkeypatch.setattr(ivf, "scan_all", lambda index, part: widths.append(len(part)) or scan_all(index, part))
+    assert_same(index.search(queries), before)
+    assert widths == [2] * (Q // 2)
+
+
+def test_a_sample_of_billions_of_rows_takes_no_memory_for_the_others():
+    "Three billion patches: a list of their rows alone would need 24 GB."
+    one = np.arange(30, dtype=np.float32).reshape(1, 30, 1)
+    huge = np.lib.stride_tricks.as_strided(one, (10**8, 30, 1), (0, 4, 4))
+    drawn = training_vectors([huge, huge[:10]], np.arange(30), 30_000)
+    assert drawn.shape == (30_000, 1)
+    counts = np.bincount(drawn[:, 0].astype(int), minlength=30)
+    assert (np.abs(counts - 1000) < 200).all(), "all patches alike"
+
+
+def test_the_sample_is_even_and_depends_on_the_seed():
+    gallery = np.arange(1000, dtype=np.float32).reshape(200, 5, 1)
+    a, b = (training_vectors([gallery], np.arange(5), 100, seed)[:, 0] for seed in (0, 1))
+    assert (a // 10 == np.arange(100)).all() and (b // 10 == np.arange(100)).all() and (a != b).any()
+
+
+@pytest.mark.parametrize("lists, points", [(16_384, 256), (16_385, 50)])
+def test_many_lists_get_fewer_training_vectors_each(lists, points, gallery, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "training_vectors", lambda blocks, patches, limit, seed: asked.append(limit) or np.zeros((lists, D), np.float32))
+    monkeypatch.setattr(module, "train_quantiser", lambda *a: asked.append(a) or a[0])
+    IVFPQIndex(6, 4, n_lists=lists).train(gallery)
+    assert asked[0] == points * lists and asked[1][3:] == (256, 0, points)
+    asked.clear()
+    IVFPQIndex(6, 4, n_lists=lists, points_per_centroid=7).train(gallery)
+    assert asked[0] == 7 * lists and asked[1][3:] == (7, 0, 7)
+
+
+def fill(trained, path, images, ids):
+    "What one process does: open the trained index, add its images, save its part."
+    return save_index(open_index(trained).add(images, ids), path)
+
+
+@pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
+@pytest.mark.parametrize("opq", [False, True])
+def test_merged_parts_equal_one_process_byte_for_byte(kind, opq, gallery, queries, tmp_path):
+    extra = {"n_lists": 16, "n_probe": 3} if kind is IVFPQIndex else {}
+    trained = save_index(kind(6, 5, n_iter=3, opq=opq, **extra).train(gallery[::2]), tmp_path / "trained")
+    ids = np.arange(N) * 2 + 5
+    single = fill(trained, tmp_path / "single", gallery, ids).read_bytes()
+    cuts = [0, 40, 41, 120, N]
+    parts = [fill(trained, tmp_path / f"{a}", gallery[a:b], ids[a:b]) for a, b in zip(cuts, cuts[1:])]
+    before = [part.read_bytes() for part in parts]
+    for order in (parts, [*parts[::-1], trained]):
+        assert save_index(merge_indexes(order), tmp_path / "merged").read_bytes() == single
+    assert [part.read_bytes() for part in parts] == before, "the parts stay as they are"
+    assert len(merge_indexes([trained, trained])) == 0
+    found = merge([open_index(part).search(queries, 9) for part in parts], 9)
+    if kind is IVFPQIndex:
+        assert_same(found, open_index(tmp_path / "merged").search(queries, 9))
+
+
+def test_another_process_fills_a_part(gallery, tmp_path):
+    trained = save_index(IVFPQIndex(6, 5, n_lists=16, n_iter=3).train(gallery), tmp_path / "trained")
+    single = fill(trained, tmp_path / "single", gallery, None).read_bytes()
+    here, there = np.split(np.arange(N), 2)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        job = pool.submit(fill, trained, tmp_path / "there", gallery[there], there)
+        parts = [fill(trained, tmp_path / "here", gallery[here], here), job.result()]
+    assert save_index(merge_indexes(parts), tmp_path / "merged").read_bytes() == single
+
+
+@pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
+def test_parts_that_do_not_fit_are_refused(kind, gallery, tmp_path):
+    a, other = (save_index(made(kind, gallery, seed=seed), tmp_path / str(seed)) for seed in (0, 1))
+    retrained = save_index(made(kind, gallery[1:]), tmp_path / "again")
+    for b in (other, retrained):
+        with pytest.raises(ValueError, match=f"{b} and {a} were trained separately"):
+            merge_indexes([a, b])
+    with pytest.raises(ValueError, match="overlap: each part needs its own range"):
+        merge_indexes([a, a])
+    with pytest.raises(ValueError, match="parts to merge are missing"):
+        merge_indexes([])
+
+
+def test_rank_rescores_the_first_images(data):
+    described = describe(load("tiny", data), load_encoder("mini", device="cpu"), Regions("pyramid", 3), data / "stores")
+    codes = PQIndex(n_subvectors=8, n_bits=3, n_iter=3).train(described.gallery.descriptors())
+
+    def build(blocks, rows):
+        return open_index(save_index(codes, data / "rescored.index")).add(blocks, rows)
+
+    exact, coarse = rank(described).result, rank(described, index=build).result
+    every = rank(described, index=build, rescore_top=len(described.gallery)).result
+    np.testing.assert_allclose(every.scores, exact.scores, atol=1e-5)
+    some = rank(described, index=build, rescore_top=3).result
+    np.testing.assert_array_equal(np.sort(some.ranks[:, :3]), np.sort(coarse.ranks[:, :3]))
+    np.testing.assert_array_equal(some.ranks[:, 3:], coarse.ranks[:, 3:])
+    assert recall(some, exact, 1).mean() > recall(coarse, exact, 1).mean()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import restricted_pickle
 
-from patchify.metrics import save_similarities
-from patchify.search import ExactIndex, adapt, expand_queries
+from patchify.data.ilias_files import save_similarities
+from patchify.refine import adapt, expand_queries
+from patchify.search import ExactIndex
 
 GOLDEN = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 INFO = json.loads((GOLDEN / "ilias_knn.json").read_text())
@@ -40,4 +41,4 @@ def test_golden_ilias_knn_file_names_the_same_images(tmp_path):
     written = restricted_pickle.load(file)
     named = np.asarray(written["db_ids"])[np.asarray(written["ranks"])]
     np.testing.assert_array_equal(named, DATA["reindexed_ids"][DATA["reindexed_ranks"]])
-    np.testing.assert_array_equal(written["similarities"], DATA["plain.sims"])
+    np.testing.assert_array_equal(written["sims"], DATA["plain.sims"])

@@ -10,8 +10,8 @@ import torch
 from official_fill import FOLDER
 
 from patchify.files import read_pickle
-from patchify.metrics import protocols
-from patchify.rerank.official import DescriptorFile, read_globals, read_ground_truth, read_image_list, read_shortlist
+from patchify.retrieval_set import revisited_setups
+from patchify.rerank.official import DescriptorFile, read_globals, read_ground_truth, read_listed_images, read_shortlist
 from patchify.rerank.shortlist import move_junk_last
 
 pytest.importorskip("h5py")
@@ -80,7 +80,7 @@ def test_shortlists(name):
 @pytest.mark.parametrize("name", files(".txt"))
 def test_lists_of_images(name):
     lines = expected()["files"][name]["content"]
-    table = read_image_list(DATA / name)
+    table = read_listed_images(DATA / name)
     assert table["path"].tolist() == [line.split(",")[0] for line in lines]
     fields = [line.split(",")[1:] for line in lines]
     if len(fields[0]) in (1, 3):
@@ -131,7 +131,7 @@ def test_the_lists_that_locore_reads(split):
     "Junk is moved to the end; the first images of the moved list are read with their scales, masks and globals."
     official = expected()["locore_reader"]["result"][split]
     truth = read_ground_truth(DATA / "roxford5k/gnd_roxford5k.pkl")
-    junk = protocols(*(truth[name].tolist() for name in ("easy", "hard", "junk")))[split][1]
+    junk = revisited_setups(*(truth[name].tolist() for name in ("easy", "hard", "junk")))[split][1]
     first = move_junk_last(read_shortlist(DATA / "roxford5k/nn_superglobal.pkl"), junk)
     assert first.ranks.tolist() == official["ids"]
     assert np.array_equal(first.scores, np.asarray(official["similarities"], np.float32))

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.rerank.ames import draw_pairs
-from patchify.rerank.official import DescriptorFile, load_landmarks, read_image_list, read_shortlist
-from patchify.rerank.locore import draw_lists
+from patchify.rerank.ames_training import draw_pairs
+from patchify.rerank.official import DescriptorFile, load_landmarks, read_listed_images, read_shortlist
+from patchify.rerank.locore_training import draw_lists
 from patchify.rerank.shortlist import from_columns
 
 N, T, C = 9, 6, 8
@@ -92,7 +92,7 @@ def test_numpy_shortlists_equal_pickled_ones(folder):
 def test_a_wrong_image_list_is_named(tmp_path, text, message):
     (tmp_path / "train.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_image_list(tmp_path / "train.txt")
+        read_listed_images(tmp_path / "train.txt")
 
 
 def test_files_that_do_not_belong_together_are_refused(folder, table):

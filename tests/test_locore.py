@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.rerank.locore import GLOBAL, LOCORE, LocoreScorer, aggregate, allowed_pairs, draw_lists, join, load_locore, locore_loss, rerank_windows, start_from_matching, token_positions, token_roles, window_starts
+from patchify.rerank.locore import (
+    AGGREGATIONS, LOCORE, LocoreScorer, Role, aggregate, allowed_pairs, join, load_locore, split_lists, token_positions, token_roles)
+from patchify.rerank.locore_training import ConstantPlan, draw_lists, locore_loss, published_plan, start_from_longformer
+from patchify.rerank.matching import start_from_matching
+from patchify.rerank.windows import rerank_windows, window_starts
 from patchify.rerank.shortlist import Descriptors, rerank
 from patchify.search import SearchResult
 from patchify.learn import TrainingPlan, train
@@ -33,7 +37,7 @@ def by_definition(layer, x, roles, window):
     out = torch.zeros_like(x)
     allowed, size = allowed_pairs(roles, window), layer.head_dim
     for row in range(len(x)):
-        names = ("query_global", "key_global", "value_global") if roles[row] == GLOBAL else ("query", "key", "value")
+        names = ("query_global", "key_global", "value_global") if roles[row] == Role.GLOBAL else ("query", "key", "value")
         q, k, v = (getattr(layer, name)(x) for name in names)
         columns = allowed[row].nonzero().flatten()
         for head in range(layer.num_heads):
@@ -51,7 +55,7 @@ def test_attention_equals_the_slow_dense_version(length, window, seed):
     for linear in (layer.query, layer.key, layer.value, layer.query_global, layer.key_global, layer.value_global):
         torch.nn.init.normal_(linear.bias, generator=draw)
     x, roles = torch.randn(length, 8, generator=draw), torch.multinomial(torch.tensor([0.3, 0.5, 0.2]), length, True, generator=draw)
-    roles[0] = GLOBAL
+    roles[0] = Role.GLOBAL
     mask = (roles[None] - 1.0) * 1e4
     with torch.no_grad():
         fast = layer(x[None], attention_mask=mask, is_index_masked=mask < 0, is_index_global_attn=mask > 0, is_global_attn=True)[0][0]
@@ -193,7 +197,6 @@ def test_windows_as_long_as_the_list_are_plain_reranking():
 def test_a_pretrained_language_model_of_another_size_is_refused():
     from transformers import LongformerConfig, LongformerModel
 
-    from patchify.rerank.locore import start_from_longformer
     language = LongformerModel(LongformerConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, attention_window=[8], intermediate_size=16, vocab_size=5,
                                                 max_position_embeddings=34, type_vocab_size=1), add_pooling_layer=False)
     weights = {f"longformer.{name}": tensor for name, tensor in language.state_dict().items()}

@@ -35,7 +35,8 @@ def copy(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (copy / "patchify").mkdir()
-    shutil.copy(ROOT / "patchify/__init__.py", copy / "patchify")
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy(ROOT / "patchify" / name, copy / "patchify")
     for tool in ("nbdev_export", "nbdev_clean"):
         done = subprocess.run([Path(sys.executable).with_name(tool)], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -102,7 +103,7 @@ def imports(module: str, source: str) -> set[str]:
 def package_imports() -> dict[str, set[str]]:
     "module -> the modules of the package that it imports."
     names = {path.removesuffix(".py").replace("/", "."): source for path, source in modules(ROOT).items()}
-    names = {name: source for name, source in names.items() if name != "_modidx" and not name.endswith("__init__")}
+    names = {name: source for name, source in names.items() if name != "_modidx" and not name.endswith("__")}
     return {name: imports(name, source) & names.keys() for name, source in names.items()}
 
 

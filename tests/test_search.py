@@ -1,11 +1,16 @@
 """Exact search against the slow, obvious version, over awkward sizes and awkward inputs."""
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from patchify import flat
 from patchify import search as module
-from patchify.search import ExactIndex, SearchResult, best_patches, merge, patch_scores, rank_images
+from patchify.flat import FlatIndex, best_images
+from patchify.refine import rescore
+from patchify.search import ExactIndex, SearchResult, best_patches, merge, patch_scores, rank_images, read_blocks
 
 FIELDS = ("scores", "ranks", "patch_ids")
 SIZES = dict(n=st.integers(1, 70), n_patches=st.sampled_from([1, 2, 5, 14, 30]), dim=st.sampled_from([1, 2, 3, 7, 16, 33, 130]),
@@ -186,8 +191,6 @@ def test_best_patch_of_a_block_equals_numpy():
 
 def test_pieces_are_of_one_size_however_the_gallery_is_cut():
     "Small shards of a store must not make small pieces: a short piece costs as much as a full one."
-    from patchify.search import read_blocks
-
     rng = np.random.default_rng(3)
     for _ in range(100):
         sizes, images = rng.integers(0, 9, 5), int(rng.integers(1, 12))
@@ -195,3 +198,168 @@ def test_pieces_are_of_one_size_however_the_gallery_is_cut():
         *full, last = (piece.numpy() for piece in read_blocks(np.split(gallery, np.cumsum(sizes)), images))
         assert all(len(piece) == images for piece in full) and 1 <= len(last) <= images
         assert (np.concatenate([*full, last]) == gallery).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SIZES, k=st.one_of(st.none(), st.integers(1, 90)), at_once=st.integers(1, 300), pilot=st.integers(1, 9))
+def test_flat_index_equals_brute_force_ties_included(n, n_patches, dim, n_query, seed, k, at_once, pilot):
+    gallery, queries = made(n, n_patches, dim, n_query, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "PATCHES_AT_ONCE", at_once)
+        patch.setattr(flat, "PILOT", pilot)
+        assert_same(FlatIndex(gallery).search(queries, k), brute_force(gallery, queries, k))
+
+
+@pytest.mark.parametrize("dim", [3, 100, 768])
+@pytest.mark.parametrize("n_query", [1, 40])
+@pytest.mark.parametrize("k", [1, 5, 50, None])
+def test_flat_index_ranks_copies_like_the_exact_index(dim, n_query, k):
+    rng = np.random.default_rng(6)
+    gallery, queries = rng.normal(size=(150, 5, dim)), rng.normal(size=(n_query, dim))
+    gallery, queries = ((x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32) for x in (gallery, queries))
+    gallery[[17, 60, 149]] = gallery[4]
+    gallery[:, 3] = gallery[:, 1]
+    queries[0] = gallery[4, 2]
+    found, exact = FlatIndex(gallery, np.arange(150) + 7).search(queries, k), ExactIndex(gallery, np.arange(150) + 7).search(queries, k)
+    np.testing.assert_array_equal(found.ranks, exact.ranks)
+    np.testing.assert_array_equal(found.patch_ids, exact.patch_ids)
+    np.testing.assert_allclose(found.scores, exact.scores, atol=1e-6)
+
+
+def test_a_gpu_serves_short_lists_only(monkeypatch):
+    "FAISS's GPU indexes return at most 2,048 entries; longer lists come from the CPU."
+    given = []
+
+    class OnGpu:
+        def __init__(self, index):
+            self.index = index
+
+        def search(self, queries, m):
+            given.append(m)
+            return self.index.search(queries, m)
+
+    monkeypatch.setattr(flat.faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(flat.faiss, "index_cpu_to_all_gpus", OnGpu)
+    monkeypatch.setattr(flat, "GPU_LIST", 30)
+    gallery, queries = made(50, 5, 8, 4, 0)
+    for k in (10, None):
+        assert_same(FlatIndex(gallery).search(queries, k), brute_force(gallery, queries, k))
+    assert given and max(given) <= 30
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 40), n_patches=st.integers(1, 6), n_query=st.integers(1, 30), seed=st.integers(0, 10**6), share=st.floats(0, 1),
+       values=st.integers(1, 6), k=st.integers(1, 40))
+def test_images_of_a_patch_search_that_reaches_only_some(n, n_patches, n_query, seed, share, values, k):
+    "Few different scores, so that lists end within ties, and patches that the search never returns."
+    k = min(k, n)
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, values, (n_query, n, n_patches)).astype(np.float32)
+    scores[rng.random(scores.shape) > share] = -np.inf
+
+    def find(some, m):
+        every = scores[some].reshape(len(some), -1)
+        shuffled = rng.permutation(every.shape[1])  # ties in any order, as from a heap
+        order = shuffled[np.argsort(-every[:, shuffled], axis=1, kind="stable")][:, :m]
+        found = np.take_along_axis(every, order, axis=1)
+        return np.where(np.isfinite(found), found, -1e38).astype(np.float32), np.where(np.isfinite(found), order, -1)
+
+    patches = torch.from_numpy(np.where(np.isfinite(scores.max(2)), scores.argmax(2), -1))
+    expected = rank_images([(torch.from_numpy(scores.max(2)), patches)], k)
+    assert_same(best_images(find, n_query, k, n, n_patches), expected)
+
+
+def test_lists_stay_short_where_patches_come_from_different_images():
+    asked = []
+    scores = np.random.default_rng(0).normal(size=(300, 2000 * 10)).astype(np.float32)
+
+    def find(some, m):
+        asked.append(len(some) * m)
+        order = np.argsort(-scores[some], axis=1)[:, :m]
+        return np.take_along_axis(scores[some], order, axis=1), order
+
+    best_images(find, 300, 20, 2000, 10)
+    assert sum(asked) < 300 * 30, "about 20 patches per query, not 20 x 10"
+
+
+def test_the_public_route_to_onednn_gives_the_same_bits(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("needs oneDNN")
+    rng = np.random.default_rng(7)
+    for n, n_patches, dim, n_query in ((61, 14, 384, 9), (1, 1, 3, 1), (40, 30, 130, 33)):
+        block, queries = (torch.from_numpy(rng.normal(size=shape).astype(np.float32)) for shape in ((n, n_patches, dim), (n_query, dim)))
+        block[n // 2] = block[0]
+        direct = patch_scores(block, queries)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_ONEDNN_LINEAR", None)
+            public = patch_scores(block, queries)
+        assert torch.equal(public[:, 0], public[:, n // 2]), "copies tie"
+        np.testing.assert_allclose(direct, public, atol=1e-5)
+
+
+def test_a_missing_operator_is_noticed(monkeypatch):
+    def renamed(*_):
+        raise TypeError("unexpected arguments")
+
+    assert module._onednn_linear() is module._ONEDNN_LINEAR
+    monkeypatch.setattr(module.torch.ops.mkldnn, "_linear_pointwise", renamed, raising=False)
+    assert module._onednn_linear() is None
+
+
+def test_memory_maps_are_read_in_place_and_checked_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(8)
+    np.save(tmp_path / "g.npy", rng.normal(size=(40, 5, 16)).astype(np.float32))
+    mapped = np.load(tmp_path / "g.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pieces = list(read_blocks([mapped], 15))
+    assert [piece.data_ptr() for piece in pieces] == [mapped[first:].ctypes.data for first in (0, 15, 30)]
+    checks = []
+    monkeypatch.setattr(module, "read_blocks", lambda *a, check: checks.append(check) or read_blocks(*a, check=check))
+    index, queries = ExactIndex(mapped, device="cpu"), rng.normal(size=(3, 16))
+    first, second = index.search(queries), index.search(queries)
+    assert checks == [True, False]
+    assert_same(first, second)
+
+
+def test_a_failed_check_is_repeated():
+    gallery, queries = made(30, 5, 8, 4, 0)
+    gallery[21, 3, 2] = np.nan
+    index = ExactIndex(gallery)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="gallery image 21"):
+            index.search(queries)
+
+
+@settings(max_examples=30, deadline=None)
+@given(**SIZES, count=st.integers(1, 80), cut=st.integers(0, 70))
+def test_rescored_images_have_their_exact_order(n, n_patches, dim, n_query, seed, count, cut):
+    gallery, queries = made(n, n_patches, dim, n_query, seed)
+    ids = np.cumsum(np.random.default_rng(seed).integers(1, 4, n))
+    coarse = ExactIndex(gallery + np.random.default_rng(seed).normal(size=gallery.shape), ids).search(queries)
+    again = rescore(coarse, queries, np.split(gallery, [min(cut, n)]), ids, count)
+    head = coarse.ranks[:, :count]
+    for query in range(n_query):
+        rows = np.sort(np.searchsorted(ids, head[query]))
+        expected = brute_force(gallery[rows], queries[query:query + 1])
+        np.testing.assert_array_equal(again.ranks[query, :count], ids[rows[expected.ranks[0]]])
+        np.testing.assert_array_equal(again.scores[query, :count], expected.scores[0])
+        np.testing.assert_array_equal(again.patch_ids[query, :count], expected.patch_ids[0])
+    np.testing.assert_array_equal(again.ranks[:, count:], coarse.ranks[:, count:])
+    assert (again.scores[:, 1:] <= again.scores[:, :-1]).all()
+    if count < n:
+        assert (again.scores[:, count] < again.scores[:, count - 1]).all(), "no tie between the rescored and the rest"
+
+
+def test_images_never_looked_at_are_not_rescored():
+    gallery, queries = made(6, 5, 8, 2, 1)
+    scores = np.array([[0.9, 0.5, -np.inf, -np.inf], [0.3, -np.inf, -np.inf, -np.inf]], np.float32)
+    result = SearchResult(scores, np.array([[2, 4, 0, 1], [5, 0, -1, -1]]), np.array([[0, 0, -1, -1], [3, -1, -1, -1]]))
+    again = rescore(result, queries, gallery, n=4)
+    assert np.isneginf(again.scores).tolist() == np.isneginf(scores).tolist()
+    assert np.array_equal(np.sort(again.ranks[0, :2]), [2, 4]) and again.ranks[0, 2:].tolist() == [0, 1]
+    assert again.ranks[1].tolist() == [5, 0, -1, -1]
+    with pytest.raises(ValueError, match="descriptors hold no gallery image 5"):
+        rescore(result, queries, gallery[:5])
+    with pytest.raises(ValueError, match="n, the number of images to rescore, must be at least 1, got 0"):
+        rescore(result, queries, gallery, n=0)

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from patchify.descriptors.raml import Student
+from patchify.descriptors.students import Student
 from patchify.encoder import Encoder, load_encoder
-from patchify.descriptors.token import POOLINGS
+from patchify.descriptors.pooling import POOLINGS
 from patchify.learn import TrainingPlan, train
 from patchify.zoo import heads
 from patchify.zoo.heads import (

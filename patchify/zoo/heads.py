@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from ..data.classes import LabelledSet
 from ..data.registry import load
 from ..descriptors.heads import labelled_crops, open_crop, train_head, view_maps
-from ..descriptors.raml import Student, distillation_loss, draw_views, render_views, triplet_step
-from ..descriptors.token import POOLINGS, PoolHead, TokenHead
+from ..descriptors.raml import distillation_loss
+from ..descriptors.students import Student
+from ..descriptors.triplets import triplet_step
+from ..descriptors.views import draw_views, render_views
+from ..descriptors.pooling import POOLINGS, PoolHead
+from ..descriptors.token import TokenHead
 from ..encoder import Encoder, weights_of
 from ..files import atomic_write, cache_key, load_strict, read_metadata, read_weights
 from ..learn import TrainingPlan, train

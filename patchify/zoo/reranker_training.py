@@ -19,9 +19,12 @@ from ..encoder import Encoder
 from ..evaluate import Retrieval, describe, rank
 from ..learn import TrainingPlan, train
 from ..metrics import average_precisions
-from ..rerank.ames import (
-    AMES, ames_loss, binary_student, draw_pairs, itq, keep_strongest, start_as_matcher)
-from ..rerank.locore import LOCORE, draw_lists, locore_loss, start_from_matching
+from ..rerank.ames import AMES
+from ..rerank.ames_training import ames_loss, binary_student, draw_pairs, itq
+from ..rerank.matching import start_as_matcher
+from ..rerank.locore import LOCORE
+from ..rerank.locore_training import draw_lists, locore_loss
+from ..rerank.matching import start_from_matching
 from ..rerank.shortlist import Descriptors, Tuned, tune
 from ..search import SearchResult
 from ..synthetic.mini import load_training_products
@@ -116,7 +119,7 @@ def train_ames(
         query, image, label = draw_pairs(pool, task.instance, rng, counts=(10, pool.count), negatives=negatives,
                                          anchors=anchors)
         with torch.autocast(model.mtc_token.device.type, torch.bfloat16):
-            return ames_loss(model.train(), keep_strongest(query, task.queries.count), image, label, teacher)
+            return ames_loss(model.train(), query.top(task.queries.count), image, label, teacher)
 
     plan = TrainingPlan(steps, 1e-3 if teacher is None else 5e-4, steps // 8, seed=seed)
     losses = train(model, loss_of, plan, checkpoint)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCAL_DESCRIPTORS', 'GALLERY_REGIONS', 'QUERY_REGIONS', 'DESCRIPTORS_PER_IMAGE', 'local_descriptors',
-           'patch_descriptors', 'keep_top', 'descriptors_of', 'reranker_scorer', 'reranker_file', 'save_reranker',
-           'Reranked', 'Reranker']
+           'patch_descriptors', 'descriptors_of', 'reranker_scorer', 'reranker_file', 'save_reranker', 'Reranked',
+           'Reranker']
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c003
 import json
@@ -26,7 +26,7 @@ from ..rerank.ames import AMES, AmesScorer, load_ames, pack
 from ..rerank.local import local_sets
 from ..rerank.locore import LOCORE, LocoreScorer, load_locore
 from ..rerank.shortlist import Descriptors, Scorer, Tuned, fuse, move_junk_last, score_shortlist
-from ..store import extract
+from ..extraction import extract
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c008
 LOCAL_DESCRIPTORS = 49  # local descriptors kept per image
@@ -91,15 +91,6 @@ DESCRIPTORS_PER_IMAGE = {  # of every kind of re-ranker
 }
 
 
-def keep_top(
-    side: Descriptors,  # in blocks
-    count: int,  # kept of each image: the strongest local descriptors, the largest patches
-) -> Descriptors:
-    "The first descriptors of each image."
-    scales = None if side.scales is None else side.scales[:, :count]
-    return Descriptors([block[:, :count] for block in side.values], scales=scales)
-
-
 def descriptors_of(
     kind: str,  # one of DESCRIPTORS_PER_IMAGE
     run: Retrieval,  # first stage
@@ -118,7 +109,7 @@ def descriptors_of(
         sides = patch_descriptors(run, encoder, data)
     else:
         sides = local_descriptors(run.described, encoder, data)
-    return tuple(keep_top(side, count) for side in sides)
+    return tuple(side.top(count) for side in sides)
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c019
 def reranker_scorer(
