@@ -18,7 +18,7 @@ import torch
 from .groups import CLUTTER_EDGES, SCALE_EDGES, by_category, by_group, split_positives
 from .metrics import AP_VARIANTS, average_precisions, oracle_ilias, positions, precision_within
 from .retrieval_set import Protocol, RetrievalSet
-from .search import QUERIES, ExactIndex, ImageIndex, SearchResult, as_queries
+from .search import QUERIES, ExactIndex, ImageIndex, SearchResult, _as_queries
 from .statistics import summarize
 
 # %% ../nbs/core/15_scoring.ipynb #c008
@@ -112,7 +112,7 @@ def count_places(
 ) -> list[Places]:  # one per query; images that the index does not hold or never scored are missing
     "Positions of the wanted images in each query's full ranking, counted without sorting: (Q, D) -> Q x Places."
     found = []
-    for start, group in zip(range(0, len(queries), QUERIES), as_queries(queries, index.dim).split(QUERIES)):
+    for start, group in zip(range(0, len(queries), QUERIES), _as_queries(queries, index.dim).split(QUERIES)):
         owners, rows = _pairs(index.gallery_ids, wanted[start : start + QUERIES])
         pairs = [torch.from_numpy(values).to(index.device) for values in (owners, rows)]
         before = _count_before(index, group.to(index.device), *pairs).cpu().numpy()
