@@ -7,6 +7,10 @@ __all__ = ['MAT_LIMIT', 'read_lines', 'read_fields', 'as_numbers', 'unique_rows'
 
 # %% ../../nbs/data/24_lists.ipynb #c003
 import csv
+import json
+import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,14 +122,13 @@ def read_records(
     columns: Sequence[str],  # that are needed
 ) -> Iterator[tuple[int, list[str]]]:  # (line number, the named columns)
     "Columns of a csv file. Raises ValueError naming the missing column, or the line that is too short."
-    lines = iter(text for _, text in read_lines(path))
-    reader = csv.reader(lines)
-    header = next(reader, [])
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}, only {', '.join(header) or 'an empty first line'}")
-    places = [header.index(column) for column in columns]
+    reader = csv.reader(text for _, text in read_lines(path))
     try:
+        header = next(reader, [])
+        missing = [column for column in columns if column not in header]
+        if missing:
+            raise ValueError(f"{path}: no column {missing[0]!r}, only {', '.join(header) or 'an empty first line'}")
+        places = [header.index(column) for column in columns]
         for values in reader:
             if len(values) != len(header):
                 raise ValueError(f"{path}, line {reader.line_num}: expected {len(header)} columns, got {len(values)}")
@@ -153,24 +156,46 @@ def _expanded_size(content: bytes, limit: int) -> int:
     return total
 
 
+_MAT_READER = """
+import json, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+except (ImportError, ValueError, OSError):
+    pass
+from scipy.io import loadmat
+path, *names = sys.argv[1:]
+found = loadmat(path, simplify_cells=True, variable_names=names)
+json.dump({name: found[name] for name in names if name in found}, sys.stdout, default=lambda value: value.tolist())
+"""
+
+
+def _load_mat(path: str | Path, names: Sequence[str]) -> dict:
+    "Variables of a MATLAB file, read by SciPy in another process: damaged files can crash it."
+    command = [sys.executable, "-I", "-c", _MAT_READER, str(path), *names]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else []
+        raise ValueError(last[0] if last else "it is damaged")
+    return json.loads(done.stdout)
+
+
 def read_mat(
     path: str | Path,  # a MATLAB file of level 5
     names: Sequence[str],  # variables that are needed
     limit: int = MAT_LIMIT,  # bytes it may hold once decompressed
-) -> dict:  # name -> text, number, array, list (of a cell or struct array) or dict (of a struct)
+) -> dict:  # name -> text, number, list (of an array, cell or struct array) or dict (of a struct)
     "Variables of a MATLAB file, read by SciPy. Raises ValueError naming the file and the missing variable."
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     try:
         with open(path, "rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit or _expanded_size(content, limit) > limit:
             raise ValueError(f"it holds more than {limit >> 20} MiB once decompressed, the limit")
-        found = loadmat(path, simplify_cells=True, variable_names=list(names))
-    except (OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, MatReadError, zlib.error, MemoryError) as error:
-        raise ValueError(f"cannot read {path} as a MATLAB file of level 5: {error or type(error).__name__}") from None
+        found = _load_mat(path, names)
+    except (OSError, ValueError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read {path} as a MATLAB file of level 5: {reason}") from None
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f"{path}: no variable {missing[0]!r} in it")
-    return {name: found[name] for name in names}
+    return found
