@@ -154,7 +154,7 @@ def to_html(
 
 # %% ../../nbs/pages/73_site.ipynb #c012
 GROUPS = {
-    "Retrieval and localisation": ("levels", "gallery", "locscore", "groups", "regions"),
+    "Retrieval and localisation": ("levels", "gallery", "locscore", "groups", "regions", "landmarks", "classes"),
     "Re-ranking": ("reranking",),
     "Compression": ("compression", "training_level", "budget"),
     "Cost and scale": ("scale",),
