@@ -71,7 +71,7 @@ def measure(images, dim, repeats):
                 target="<= 0.03")
 
 
-def rows(images=2000, dim=256, repeats=3):
+def rows(images=1000, dim=1024, repeats=3):
     "One row."
     return [measure(images, dim, repeats)]
 
