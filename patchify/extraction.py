@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from .boxes import Regions
-from .files import atomic_write, cache_key, checksum
+from .files import atomic_write, cache_key, checksum, file_checksum
 from .images import open_image, split_member
 from .pyramid import cut_patches, placement, pool_regions
 from .store import (FAILURE_COLUMNS, FORMAT, SHARD_COLUMNS, DamagedStore, Store, map_descriptors, read_manifest,
@@ -423,11 +423,11 @@ class Extraction:
         for shard in self.shards:
             descriptors_path, patches_path = shard_files(self.out, shard)
             table, about = read_patches(patches_path)
-            content = patches_path.read_bytes()
             images = len(table) // self.regions.count
             if images:
                 dim = map_descriptors(descriptors_path, None).shape[1]
-            shards.append((images, about["bytes"], about["descriptors"], len(content), checksum(content)))
+            shards.append((images, about["bytes"], about["descriptors"],
+                           patches_path.stat().st_size, file_checksum(patches_path)))
             failures += about["failures"]
         tables = {}
         contents = {"shards.csv": pd.DataFrame(shards, columns=SHARD_COLUMNS),

@@ -580,8 +580,8 @@ def test_shards_are_bounded_in_bytes_and_opened_lazily(photos, tmp_path, monkeyp
     assert images_per_shard(10**8, 10**9) == 1 and images_per_shard(150, 60) == 64
     store = Store.open(extract(photos, Colours(), Regions(level=0), tmp_path / "store", shard_size=1).path)
     opened = []
-    original = np.load
-    monkeypatch.setattr(np, "load", lambda path, **options: opened.append(path.name) or original(path, **options))
+    original = module_store.map_descriptors
+    monkeypatch.setattr(module_store, "map_descriptors", lambda path, *options: opened.append(path.name) or original(path, *options))
     blocks = store.descriptors()
     assert len(blocks) == 20 and blocks.shapes == [(1, 1, 24)] * 20 and not opened
     assert blocks[3].shape == (1, 1, 24) and opened == ["descriptors-00003.npy"]
@@ -591,16 +591,16 @@ def test_shards_are_bounded_in_bytes_and_opened_lazily(photos, tmp_path, monkeyp
 def test_a_shard_is_verified_once_per_store(photos, tmp_path, monkeypatch):
     path = small_store(photos, tmp_path / "store").path
     verified = []
-    original = module_store.checksum
-    monkeypatch.setattr(module_store, "checksum", lambda content: verified.append(isinstance(content, np.memmap)) or original(content))
+    original = module_store.file_checksum
+    monkeypatch.setattr(module_store, "file_checksum", lambda path: verified.append(1) or original(path))
     store = Store.open(path)
     for _ in range(3):
         list(store.descriptors())
-    assert sum(verified) == 2
+    assert len(verified) == 2
     again = small_store(photos, path)
-    assert sum(verified) == 4  # by `extract`
+    assert len(verified) == 4  # by `extract`
     list(again.descriptors())
-    assert sum(verified) == 4
+    assert len(verified) == 4
 
 
 def test_names_that_look_like_missing_values_stay(photos, tmp_path):
