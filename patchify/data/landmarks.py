@@ -44,7 +44,8 @@ def _lists(path: Path, truth: list, names: Sequence[str], n_gallery: int) -> dic
             columns[name].append(_rows(path, query, entry, name, n_gallery))
         images, times = np.unique(np.concatenate([columns[name][-1] for name in names]), return_counts=True)
         if (times > 1).any():
-            raise ValueError(f"{path}, query {query}: image {images[times > 1][0]} is listed twice in {', '.join(names)}")
+            repeated = images[times > 1][0]
+            raise ValueError(f"{path}, query {query}: image {repeated} is listed twice in {', '.join(names)}")
     return columns
 
 
@@ -131,7 +132,8 @@ def load_revisited(
     root = Path(folder)
     path = _truth_file(root)
     queries, names = read_revisited(path)
-    queries = queries.assign(path=[f"jpg/{name}.jpg" for name in queries["id"]], instance=queries["id"], category=None, subcategory=None)
+    queries["path"] = [f"jpg/{name}.jpg" for name in queries["id"]]
+    queries = queries.assign(instance=queries["id"], category=None, subcategory=None)
     paths = [f"jpg/{name}.jpg" for name in names]
     if distractors is not None:
         extra = read_distractors(distractors)
