@@ -24,8 +24,8 @@ def _query_truth(path: Path, query: int, entry: object, n_gallery: int) -> tuple
         box = np.asarray(values[1], np.float32).reshape(-1)
     except (IndexError, TypeError, ValueError):
         raise ValueError(f"{path}, query {query}: expected the positives and the box") from None
-    known = range(1, n_gallery + 1)
-    if any(row not in known for row in rows.tolist()) or len(np.unique(rows)) < len(rows):
+    valid = (rows >= 1) & (rows <= n_gallery) & (rows == np.floor(rows))
+    if not valid.all() or len(np.unique(rows)) < len(rows):
         raise ValueError(f"{path}, query {query}: expected distinct positives between 1 and {n_gallery}")
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(f"{path}, query {query}: expected a box of four numbers, got {box.tolist()}")
