@@ -107,7 +107,7 @@ def _cub_classes(root: Path, paths: dict[str, list[str]]) -> dict[str, int]:
         classes[values[0]] = int(as_numbers(path, line, values[1:])[0])
     missing = [number for number in paths if number not in classes]
     if missing:
-        raise ValueError(f"{path}: image {missing[0]} has no class")
+        raise ValueError(f"{root / 'images.txt'}: image {missing[0]!r} has no class in {path.name}")
     return classes
 
 

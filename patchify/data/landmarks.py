@@ -22,10 +22,15 @@ from ..retrieval_set import PROTOCOLS, Protocol, RetrievalSet
 # %% ../../nbs/data/23_landmarks.ipynb #c009
 def _rows(path: Path, query: int, entry: dict, name: str, n_gallery: int) -> np.ndarray:
     "One list of gallery rows of a query, checked."
-    values = np.asarray(entry[name])
+    try:
+        values = np.asarray(entry[name])
+    except ValueError:                                                   # lists of several lengths
+        values = np.empty((1, 1), object)
     if values.size == 0:
         return np.empty(0, np.int64)
-    if values.ndim != 1 or not np.issubdtype(values.dtype, np.number) or (values != np.floor(values)).any():
+    numeric = values.ndim == 1 and values.dtype.kind in "iuf" and np.isfinite(values).all()
+    numeric = numeric and (values == np.floor(values)).all()
+    if not numeric:
         raise ValueError(f"{path}, query {query}: expected {name!r} to be a list of integers")
     if values.min() < 0 or values.max() >= n_gallery:
         extent = f"{int(values.min())}..{int(values.max())}"
