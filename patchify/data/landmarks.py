@@ -79,7 +79,10 @@ def _truth_file(root: Path) -> Path:
 
 def _entries(path: Path, keys: Sequence[str]) -> list[list]:
     "The named lists of a pickled dictionary."
-    content = read_pickle(path)
+    try:
+        content = read_pickle(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), (list, tuple, np.ndarray)):
             raise ValueError(f"{path}: expected a dictionary with the list {key!r}")
