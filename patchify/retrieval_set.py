@@ -71,7 +71,8 @@ def revisited_setups(
     "The three readings of the ground truth of ROxford and RParis."
     lists = {"easy": easy, "hard": hard, "junk": junk}
     if not len(easy) == len(hard) == len(junk):
-        raise ValueError(f"easy, hard and junk must describe the same queries, got {len(easy)}, {len(hard)} and {len(junk)}")
+        counts = f"{len(easy)}, {len(hard)} and {len(junk)}"
+        raise ValueError(f"easy, hard and junk must describe the same queries, got {counts}")
     setups = {}
     for setup, (counted, removed) in _SETUP_COLUMNS.items():
         setups[setup] = (_union([lists[name] for name in counted]), _union([lists[name] for name in removed]))
@@ -84,7 +85,8 @@ class RetrievalSet:
     name: str  # short name for reports
     root: Path  # folder that the paths are relative to
     # id, path, box (float32 (4,) xyxy or None), instance, category, subcategory (None where unknown);
-    # and, where the truth is listed per query: positives and junk, or easy, hard and junk (gallery rows); usage (Public, Private)
+    # and, where the truth is listed per query, gallery rows: positives and junk, or easy, hard and junk
+    # and usage (Public or Private)
     queries: pd.DataFrame
     # id, path, boxes (float32 (n, 4) xyxy), instance (None for a distractor), scale, clutter (NaN where unknown)
     gallery: pd.DataFrame
@@ -108,7 +110,8 @@ class RetrievalSet:
         if setups & {"public", "private"}:
             needed = {"usage"}
         if missing := sorted(needed - set(self.queries)):
-            raise ValueError(f"protocol {self.protocol.name!r} does not fit {self.name}: its queries have no {', '.join(missing)}")
+            columns = ", ".join(missing)
+            raise ValueError(f"protocol {self.protocol.name!r} does not fit {self.name}: its queries have no {columns}")
 
     @cached_property
     def truths(self) -> dict[str, tuple[list, list]]:

@@ -93,7 +93,12 @@ def unique_rows(
         yield number, values
 
 # %% ../../nbs/data/24_lists.ipynb #c014
-_LIST_COLUMNS = {1: ("path",), 2: ("path", "label"), 3: ("path", "width", "height"), 4: ("path", "label", "width", "height")}
+_LIST_COLUMNS = {
+    1: ("path",),
+    2: ("path", "label"),
+    3: ("path", "width", "height"),
+    4: ("path", "label", "width", "height"),
+}
 
 
 def read_image_list(
@@ -105,7 +110,8 @@ def read_image_list(
         raise ValueError(f"{path} is empty: expected one image per line")
     columns = _LIST_COLUMNS.get(len(lines[0][1].split(",")))
     if columns is None:
-        raise ValueError(f"{path}, line {lines[0][0]}: expected path[,class][,width,height], got {_shorten(lines[0][1])}")
+        number, text = lines[0]
+        raise ValueError(f"{path}, line {number}: expected path[,class][,width,height], got {_shorten(text)}")
     rows = []
     for number, values in unique_rows(path, read_fields(path, columns, ",")):
         row = dict(zip(columns, values))
