@@ -5,14 +5,14 @@ DATASET ?= mini
 BACKBONE ?= mini
 BIN := .venv/bin
 
-.PHONY: install reports test bench train-mini train-rerankers train-heads notebooks clean
+.PHONY: install reports test test-lowest bench train-mini train-rerankers train-heads notebooks hooks clean
 
 install: .venv/installed
 
 .venv/installed: settings.ini setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "patchify needs Python 3.10 or newer: name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[report,locore,hdf5,text,dev]'
 	touch $@
 
 reports: install
@@ -21,22 +21,32 @@ reports: install
 test: install
 	$(BIN)/python -m pytest
 
+# the lowest versions that settings.ini allows, in an environment of its own; not part of CI
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[report,locore,hdf5,text,dev]'
+	.venv-lowest/bin/python -m pytest -q --ignore tests/test_notebooks.py --ignore tests/test_report.py
+
 bench: install
 	$(BIN)/python -m benchmarks
 
 train-mini: install
-	$(BIN)/python -m patchify.zoo.encoder
+	$(BIN)/patchify train encoder
 
 train-rerankers: install
-	$(BIN)/python -m patchify.zoo.rerankers
+	$(BIN)/patchify train rerankers
 
 train-heads: install
-	$(BIN)/python -m patchify.zoo.heads
+	$(BIN)/patchify train heads
 
 notebooks: install
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide-input --TagRemovePreprocessor.remove_cell_tags=hide-cell nbs/index.ipynb
+
+hooks: install
+	$(BIN)/nbdev_install_hooks
 
 clean:
 	rm -rf .venv data/stores data/indexes data/mini data/tiny

@@ -1,4 +1,5 @@
 "Packaging: everything comes from settings.ini, the one list of dependencies."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,6 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+EXTRAS = ("report", "locore", "hdf5", "text", "dev")
 
 
 def lines(key: str) -> list[str]:
@@ -15,17 +17,38 @@ def lines(key: str) -> list[str]:
     return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
 
 
+def readme() -> str:
+    "README.md without its pictures, whose paths only work in the repository."
+    path = here / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n?", "", text)
+
+
 setup(
-    name=cfg["lib_name"],
+    name=cfg["dist_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author=cfg["author"],
+    keywords=cfg["keywords"].split(),
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=[f"{cfg['lib_name']}*"]),
-    package_data={cfg["lib_name"]: ["weights/*", "published.csv"]},
+    packages=[*find_packages(include=[f"{cfg['lib_name']}*"]), "patchify.experiments"],
+    package_dir={"patchify.experiments": "nbs/experiments"},
+    package_data={
+        cfg["lib_name"]: ["weights/*", "published.csv", "py.typed"],
+        "patchify.experiments": ["*.ipynb"],
+    },
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "locore", "hdf5")},
+    extras_require={name: lines(f"{name}_requirements") for name in EXTRAS},
     entry_points={"console_scripts": lines("console_scripts")},
 )

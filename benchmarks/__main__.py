@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from patchify.pages.report import hardware
+from patchify.pages.page import hardware
 
 HERE = Path(__file__).parent
 NAMES = [path.stem for path in sorted(HERE.glob("*.py")) if path.stem not in ("__init__", "__main__", "gpu")]

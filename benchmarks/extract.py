@@ -16,7 +16,7 @@ from patchify.images import open_image
 from patchify.boxes import Regions
 from patchify.encoder import load_encoder
 from patchify.pyramid import cut_patches
-from patchify.store import extract
+from patchify.extraction import extract
 
 
 def rows(backbones=(("mini", {}), ("resnet50", {"random_weights": True})), images=16, repeats=3):

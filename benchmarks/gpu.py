@@ -15,7 +15,7 @@ from patchify.boxes import pyramid_boxes
 from patchify.ivf import IVFPQIndex
 from patchify.encoder import load_encoder
 from patchify.pyramid import cut_patches, cut_with_pil
-from patchify.pages.report import hardware
+from patchify.pages.page import hardware
 from patchify.search import ExactIndex
 
 

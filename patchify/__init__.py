@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # Names load their module when they are first used, so that `import patchify` takes no time.
 _HOMES = {
     "Regions": "boxes", "RetrievalSet": "retrieval_set", "open_image": "images", "load": "data.registry",
-    "make_mini": "synthetic.mini", "Encoder": "encoder", "load_encoder": "encoder", "Store": "store", "extract": "store",
+    "make_mini": "synthetic.mini", "Encoder": "encoder", "load_encoder": "encoder", "Store": "store", "extract": "extraction",
     "SearchResult": "search", "ExactIndex": "search", "describe": "evaluate", "rank": "evaluate",
     "summarize": "metrics", "paired_bootstrap": "metrics",
 }

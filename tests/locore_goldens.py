@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.rerank.locore import LOCORE, aggregate, list_recall, load_locore, locore_loss
+from patchify.rerank.locore import LOCORE, aggregate, load_locore
+from patchify.rerank.locore_training import list_recall, locore_loss
 from patchify.files import load_strict
 from patchify.rerank.shortlist import Descriptors
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchify.rerank.ames import AMES, AmesScorer, Binarize, PackedDescriptors, ames_loss, attention_masks, binary_student, draw_pairs, itq, load_ames, pack
+from patchify.rerank.ames import AMES, AmesScorer, Binarize, PackedDescriptors, attention_masks, load_ames, pack
+from patchify.rerank.ames_training import ames_loss, binary_student, draw_pairs, itq
 from patchify.rerank.shortlist import Descriptors, rerank
 from patchify.search import SearchResult
 from patchify.learn import TrainingPlan, train

@@ -1,4 +1,4 @@
-"""Coupled views, distillation terms, triplets, evaluation by class and the training loop around them."""
+"""Coupled views, distillation terms, triplets, students and the training loop around them."""
 import copy
 from dataclasses import replace
 
@@ -11,12 +11,18 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
-from patchify.descriptors.raml import CoupledViews, PRESETS, Preset, Student, absolute_loss, batch_positives, centre_view, distillation_loss, distillation_step, draw_views, evaluate_classes, mix_views, one_view_each, query_cost, relational_loss, render_views, sample_negatives, triplet_loss, triplet_step
+from patchify.descriptors.raml import OneCyclePlan, PRESETS, Preset, absolute_loss, distillation_loss, distillation_step
+from patchify.descriptors.raml import relational_loss
+from patchify.descriptors.students import Student, compare_students, evaluate_asymmetric, query_cost
+from patchify.descriptors.triplets import batch_positives, sample_negatives, triplet_loss, triplet_step
+from patchify.descriptors.views import CoupledViews, centre_view, draw_views, mix_views, parallel_map, render_views, view_loader
 from patchify.images import open_image as open_file
 from patchify.data.classes import load_cub
 from patchify.encoder import Encoder
-from patchify.descriptors.token import DescriptorNet, FeatureMap, PoolHead
+from patchify.descriptors.network import DescriptorNet, FeatureMap
+from patchify.descriptors.pooling import PoolHead
 from patchify.learn import TrainingPlan, train
+from patchify.scoring import evaluate_descriptors
 
 
 def vectors(*shape, seed=0):
@@ -34,6 +40,20 @@ def ramp(width, height):
 def test_views_lie_inside_any_image(width, height, seed):
     boxes = draw_views(width, height, 5, np.random.default_rng(seed)).boxes
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (width, height)).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_strip_without_room_for_the_area_gives_its_centre():
+    box = draw_views(1000, 10, 1, np.random.default_rng(0), area=(0.9, 1.0)).boxes[0]
+    assert box.tolist() == [493, 0, 506, 10]                        # no 4:3 region of that size fits
+
+
+def test_only_some_views_change_their_colours():
+    views = draw_views(90, 60, 400, np.random.default_rng(0), (0.4, 0.3, 0.2, 0.1), coloured=0.8)
+    change = np.abs(views.colours - (1, 1, 1, 0))
+    assert 0.72 < (change > 0).any(1).mean() < 0.88
+    assert (change.max(0) <= (0.4, 0.3, 0.2, 0.1)).all() and (change.max(0) > (0.35, 0.25, 0.17, 0.08)).all()
+    plain = draw_views(90, 60, 400, np.random.default_rng(0))
+    assert np.array_equal(plain.boxes, views.boxes) and np.array_equal(plain.mirrored, views.mirrored)
 
 
 @settings(max_examples=15, deadline=None)
@@ -130,21 +150,6 @@ def test_negatives_are_of_other_classes_even_when_all_are_far():
         sample_negatives(corners, np.zeros(8), 2, np.random.default_rng(0))
 
 
-def test_evaluation_ignores_the_image_itself_and_singletons():
-    labels = np.array([0, 0, 1, 2, 2, 2])
-    perfect = np.eye(3)[labels]
-    scores = evaluate_classes(perfect, perfect, labels)
-    assert scores.map == scores.recall_at(1) == 1 and np.isnan(scores.aps[2]) and np.isnan(scores.recalls[2]).all()
-    assert evaluate_classes(perfect, -perfect, labels).recall_at(1) < 1
-
-
-def test_blocks_do_not_change_the_evaluation():
-    q, g, labels = (vectors(23, 4).numpy(), vectors(23, 4, seed=1).numpy(), np.arange(23) % 5)
-    whole, pieces = evaluate_classes(q, g, labels), evaluate_classes(q, g, labels, block=4)
-    for name in ("aps", "aps_at", "precisions", "recalls"):
-        assert np.array_equal(getattr(whole, name), getattr(pieces, name), equal_nan=True)
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64))
 def test_the_centre_view_is_square(width, height, size):
@@ -178,10 +183,38 @@ def open_image(index):
     return Image.fromarray(np.random.default_rng(index).integers(0, 255, (20, 24, 3), dtype=np.uint8))
 
 
-def test_a_student_equal_to_a_size_blind_teacher_has_no_loss():
+@pytest.mark.parametrize("mix", ["dataset", "batch", None])
+def test_a_student_equal_to_a_size_blind_teacher_has_no_loss(mix):
     student = teacher = Head()
-    step = distillation_step(student, teacher, open_image, 5, settings_of())
+    step = distillation_step(student, teacher, open_image, 5, settings_of(), mix)
     assert float(step(0, np.random.default_rng(0)).detach()) < 1e-3
+
+
+def test_an_epoch_uses_every_image_once():
+    opened = []
+
+    def spy(index):
+        opened.append(index)
+        return open_image(index)
+
+    step = distillation_step(Head(), Head(), spy, 6, settings_of(accumulate=3, batch=2), mix=None)
+    for draw in range(6):
+        step(draw, np.random.default_rng(draw))
+    assert sorted(opened[:6]) == sorted(opened[6:]) == list(range(6)) and opened[:6] != opened[6:]
+
+
+def test_partners_come_from_all_training_images():
+    opened = []
+
+    def spy(index):
+        opened.append(index)
+        return open_image(index)
+
+    step = distillation_step(Head(), Head(), spy, 40, settings_of(batch=2, views=8))
+    step(0, np.random.default_rng(0))
+    assert len(opened) == 2 + 2 * 8 and len(set(opened[2:])) > 8
+    with pytest.raises(ValueError, match="mix must be"):
+        distillation_step(Head(), Head(), spy, 40, settings_of(), mix="all")
 
 
 def test_distillation_learns_and_resumes_bit_for_bit(tmp_path):
@@ -229,12 +262,49 @@ def test_presets_are_the_published_ones():
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_a_preset_is_a_whole_run(preset):
     plan = preset.plan(seed=3)
-    assert plan.steps * plan.accumulate * preset.batch == preset.epochs * preset.images_per_epoch and plan.seed == 3
-    assert plan.rate(plan.warmup) == preset.learning_rate and plan.weight_decay == preset.weight_decay and plan.optimizer == "adamw"
+    assert plan.steps * plan.accumulate * preset.batch == preset.epochs * preset.images_per_epoch
+    assert (plan.seed, plan.weight_decay, plan.optimizer) == (3, preset.weight_decay, "adamw")
+    assert plan.rate(0) == pytest.approx(preset.learning_rate / 10)
+    assert max(map(plan.rate, range(plan.steps))) == pytest.approx(preset.learning_rate)
+
+
+@pytest.mark.parametrize("images, steps, cycle", [(59551, 40, 40), (8054, 40, 40), (5864, 29, 30), (60, 1, 1)])
+def test_an_epoch_has_at_most_8000_images(images, steps, cycle):
+    plan = PRESETS["cub"].plan(images)
+    assert (plan.steps, plan.cycle) == (200 * steps, 200 * cycle)
+
+
+@pytest.mark.parametrize("total", [10, 57, 400])
+def test_one_cycle_is_that_of_torch(total):
+    plan = OneCyclePlan(total, 0.01)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, div_factor=10, total_steps=total)
+    for step in range(total):
+        group, options = optimizer.param_groups[0], plan.options(step)
+        assert options["lr"] == pytest.approx(group["lr"]) and options["betas"] == pytest.approx(group["betas"])
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+
+
+def test_the_loop_cycles_the_momentum():
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append((self.param_groups[0]["lr"], self.param_groups[0]["betas"][0]))
+            return super().step(closure)
+
+    student, plan = Head(), OneCyclePlan(10, 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Spy)
+        train(student, lambda draw, rng: student.linear.weight.square().sum(), plan)
+    assert seen == [(plan.rate(step), plan.options(step)["betas"][0]) for step in range(10)]
+    assert seen[0][1] == 0.95 and min(momentum for _, momentum in seen) == pytest.approx(0.85)
 
 
 def test_views_of_many_images_are_seeded_and_in_order():
-    views = one_view_each(open_image, 16)
+    views = view_loader(open_image, 16)
     batch = views([4, 0, 4], np.random.default_rng(1))
     assert batch.shape == (3, 3, 16, 16) and torch.equal(batch, views([4, 0, 4], np.random.default_rng(1)))
     slow, rng = [], np.random.default_rng(1)
@@ -278,11 +348,13 @@ def test_the_published_run_of_raml_starts(tmp_path):
     torch.manual_seed(0)
     backbone = FeatureMap(timm.create_model("lcnet_035", num_classes=0))
     teacher = DescriptorNet(backbone, PoolHead(backbone.channels, 16)).eval()
-    train(teacher, triplet_step(teacher, one_view_each(look, preset.gallery_size), rows["label"], classes=2, each=2), TrainingPlan(1, 1e-4))
+    views = view_loader(look, preset.gallery_size, jitter=0.0)
+    train(teacher, triplet_step(teacher, views, rows["label"], classes=2, each=2), TrainingPlan(1, 1e-4))
     student = copy.deepcopy(teacher)
     teacher.requires_grad_(False)
     first = student.head.whiten.weight.detach().clone()
-    losses = train(student, distillation_step(student, teacher, look, len(rows), preset), preset.plan(), tmp_path / "student.safetensors")
+    step = distillation_step(student, teacher, look, len(rows), preset)
+    losses = train(student, step, preset.plan(), tmp_path / "student.safetensors")
     assert (preset.query_size, preset.gallery_size) == (224, 448) and len(losses) == 2 and np.isfinite(losses).all()
     assert not torch.equal(student.head.whiten.weight, first) and torch.equal(teacher.head.whiten.weight, first)
 
@@ -298,6 +370,32 @@ def test_a_student_is_a_trainable_copy_and_leaves_its_teacher_alone():
     assert torch.equal(teacher(images), reference) and not torch.allclose(student(images).detach(), reference, atol=1e-4)
     frozen = student.as_encoder(torch.float32)
     assert frozen.size == 32 and frozen.dim == teacher.dim and frozen.fingerprint != before and not frozen.model.training
+
+
+def test_asymmetric_evaluation_is_that_of_the_centre_views(tmp_path):
+    benchmark = load_cub(birds(tmp_path / "CUB_200_2011")).retrieval()
+    student, teacher = Head(), Head()
+    report = evaluate_asymmetric(student, teacher, benchmark, 8, 16, batch=4)
+    images = [open_file(benchmark.file(path)) for path in benchmark.queries["path"]]
+    sides = []
+    for net, size in ((student, 8), (teacher, 16)):
+        views = torch.stack([centre_view(image, size) for image in images])
+        sides.append(F.normalize(net(views)).detach().numpy())
+    assert report == evaluate_descriptors(benchmark, *sides) and report["queries"] == len(images) == 6
+
+
+def test_students_of_other_architectures_are_compared_by_cost():
+    torch.manual_seed(0)
+    model = timm.create_model("lcnet_050", num_classes=8)
+    teacher = Encoder(model, "teacher", 48, (0.5,) * 3, (0.25,) * 3, dtype=torch.float32)
+    students = {"small net": Student(teacher, architecture="lcnet_035"), "same": Student(teacher), "small input": Student(teacher, 24)}
+    assert all(p.requires_grad for p in students["small net"].parameters())
+    table = compare_students(students, lambda encoder: encoder.size, repeats=1).set_index("name")
+    assert table.index[-1] == "same" and table["flops"].is_monotonic_increasing
+    assert table["score"].to_dict() == {"small net": 48, "same": 48, "small input": 24}
+    assert table["parameters"]["same"] == table["parameters"]["small input"] > table["parameters"]["small net"]
+    with pytest.raises(ValueError, match="shared must be 0"):
+        Student(teacher, shared=1, architecture="lcnet_035")
 
 
 def test_a_transformer_can_be_taught_at_another_size():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from patchify.data.folders import load_folder, load_ilias, read_boxes
+from patchify.data.folders import load_folder, load_ilias, read_boxes, read_text_queries
 from patchify.data.registry import load
 from patchify.files import suggest
 from patchify.images import find_images, open_image
@@ -93,6 +93,40 @@ def test_files_of_other_endings_are_counted_once(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [f"left out of {tmp_path}: 2 .heic, 1 .mov, 1 without an ending (no image files that are read here)"]
 
 
+def test_broken_and_hostile_tars_are_left_out_or_fail_alone(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for name, size in (("good.jpg", None), ("large.jpg", 3000)):
+            content = picture() if size is None else bytes(size)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        sparse = tarfile.TarInfo("sparse.jpg")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(sparse)
+    monkeypatch.setattr("patchify.images.MAX_MEMBER_BYTES", 2000)
+    assert [path for _, path in find_images(tmp_path)] == ["b.tar::good.jpg", "b.tar::large.jpg"]
+    assert "left out" in (said := capsys.readouterr().err) and "a.tar" in said
+    assert open_image(tmp_path / "b.tar::good.jpg").size == (40, 30)
+    with pytest.raises(ValueError, match="large.jpg: it has 3000 bytes, more than the limit"):
+        open_image(tmp_path / "b.tar::large.jpg")
+
+
+def test_the_pixel_limit_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(picture(100, 100))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(ValueError, match=r"a\.jpg: it has more than \d+ pixels, set PATCHIFY_MAX_PIXELS"):
+        open_image(tmp_path / "a.jpg")
+
+
+def test_a_plain_file_may_have_two_colons_in_its_name(tmp_path):
+    (tmp_path / "a::b.jpg").write_bytes(picture())
+    (found,) = find_images(tmp_path)
+    assert open_image(tmp_path / found[1]).size == (40, 30)
+    with pytest.raises(ValueError, match="is a file"):
+        list(find_images(tmp_path / "a::b.jpg"))
+
+
 def test_a_query_without_positives_stays_and_has_none(core):
     (core / "ilias_core/cup_000/pos/P000_00.jpg").unlink()
     assert [p.tolist() for p in load_ilias(core).positives] == [[0], []]
@@ -128,12 +162,54 @@ def test_a_bad_line_of_an_id_list_is_named(core, line):
         load_ilias(core)
 
 
-@pytest.mark.parametrize("text", ["1 2 3", "1 2 3 x", "5 5 0 4", "5 5 -3 4", "nan 1 2 3", "60 60 10 10", "5 5 500 500"])
+@pytest.mark.parametrize("text", ["1 2 3", "1 2 3 x", "5 5 0 4", "5 5 -3 4", "nan 1 2 3", "1 2 3 inf"])
 def test_a_bad_box_is_named_with_file_and_line(core, text):
     path = core / "ilias_core/cup_000/pos/P000_00_bbox.txt"
     path.write_text(f"5 5 10 10\n{text}\n")
     with pytest.raises(ValueError, match=r"P000_00_bbox\.txt, line 2"):
         load_ilias(core)
+
+
+@pytest.mark.parametrize("text", ["60 60 10 10", "5 5 500 500"])
+def test_a_box_mostly_outside_its_image_is_dropped_and_counted(core, text, capsys):
+    (core / "ilias_core/cup_000/pos/P000_00_bbox.txt").write_text(f"5 5 10 10\n{text}\n")
+    (core / "ilias_core/box_001/pos/P001_00_bbox.txt").write_text(text)
+    assert [len(boxes) for boxes in load_ilias(core).gallery.boxes] == [0, 1]
+    assert "2 boxes mostly outside the image dropped, the first in" in capsys.readouterr().err
+
+
+def test_lists_of_windows_are_read_and_duplicates_are_named(core):
+    (core / "image_ids").mkdir()
+    ids = "\r\n".join(["cup_000/pos/P000_00.jpg,0.1,2", "box_001/pos/P001_00.jpg,0.2,3", ""])
+    (core / "image_ids/positive_ids.txt").write_bytes(b"\xef\xbb\xbf" + ids.encode())
+    (core / "ilias_core/cup_000/pos/P000_00_bbox.txt").write_bytes(b"\xef\xbb\xbf5 5 10 10\r\n")
+    found = load_ilias(core)
+    assert found.gallery.scale.tolist() == [0.1, 0.2] and found.gallery.boxes[0].tolist() == [[5, 5, 15, 15]]
+    (core / "image_ids/positive_ids.txt").write_text("cup_000/pos/P000_00.jpg,0.1,2\n" * 2)
+    with pytest.raises(ValueError, match=r"positive_ids\.txt, line 2: 'cup_000/pos/P000_00.jpg' is listed twice"):
+        load_ilias(core)
+
+
+def test_the_mini_list_names_distractors_by_their_key(core):
+    (core / "image_ids").mkdir()
+    (core / "image_ids/mini_ilias_yfcc100m_ids.txt").write_text("x\nb\n")
+    (core / "yfcc100m/part").mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg"):
+        (core / "yfcc100m/part" / name).write_bytes(picture())
+    with tarfile.open(core / "yfcc100m/0007.tar", "w") as tar:
+        for name in ("x.jpg", "y.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(picture())
+            tar.addfile(member, io.BytesIO(picture()))
+    assert load(f"ilias-mini:{core}").gallery.id.tolist()[2:] == ["0007.tar/x", "part/b.jpg"]
+    assert len(load(f"ilias-core:{core}").gallery) == 2 and len(load(f"ilias:{core}").gallery) == 6
+
+
+def test_text_queries_keep_their_line_end(core):
+    assert read_text_queries(core) == {"cup_000/query/T000.txt": "a cup\n"}
+    (core / "ilias_core/cup_000/query/T000.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="T000.txt: expected UTF-8"):
+        read_text_queries(core)
 
 
 @settings(max_examples=50, deadline=None)

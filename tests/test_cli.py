@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 import restricted_pickle
 from patchify.data.folders import load_ilias
 from patchify.cli import main
+from patchify.encoder import Encoder
 from patchify.metrics import ap_ilias
 
 
@@ -41,7 +43,7 @@ def test_the_exported_similarities_give_the_same_map(evaluated, data):
     lists, benchmark = restricted_pickle.load(file), load_ilias(data / "tiny")
     truth = {row.id: row.instance for row in benchmark.gallery.itertuples()}
     aps = []
-    for query, similarities, ranks in zip(lists["query_ids"], lists["similarities"], lists["ranks"]):
+    for query, similarities, ranks in zip(lists["query_ids"], lists["sims"], lists["ranks"]):
         instance = query.split("/")[0]
         relevant = np.array([truth[lists["db_ids"][i]] == instance for i in ranks])
         aps.append(ap_ilias(similarities, relevant, list(truth.values()).count(instance)))
@@ -69,9 +71,8 @@ def test_a_photograph_finds_itself_in_its_folder(command, data, tmp_path):
     assert len(hits) == 3 and hits[0]["path"] == picture.name and hits[0]["score"] > 0.99
     assert hits[0]["box"] == pytest.approx([float(v) for v in box.split(",")], abs=1)
     assert picture.name in (tmp_path / "hits.html").read_text()
-    (tmp_path / "index/manifest.json").write_text((tmp_path / "index/manifest.json").read_text().replace('"weights": "', '"weights": "0'))
-    done = command("search", tmp_path / "index", picture)
-    assert done.returncode == 2 and "another encoder" in done.stderr
+    done = command("search", tmp_path / "index", picture, "--random-weights")
+    assert done.returncode == 2 and "other weights" in done.stderr
 
 
 MISTAKES = {
@@ -93,7 +94,7 @@ MISTAKES = {
     "no such checkpoint": (["evaluate", "--dataset", "tiny", "--backbone", "resnet10t", "--checkpoint", "none.safetensors"], "no such checkpoint"),
     "export to an unknown format": (["evaluate", "--dataset", "tiny", "--export", "found.csv"], "found.csv"),
     "no images": (["index", "empty", "--out", "index"], "no images in empty"),
-    "no index": (["search", "empty", "image.jpg"], "no store in empty"),
+    "no index": (["search", "empty", "image.jpg"], "empty holds no index"),
     "unknown device": (["evaluate", "--dataset", "tiny", "--device", "gpu"], "cannot be used"),
     "unknown index": (["evaluate", "--dataset", "tiny", "--index", "pqq"], "did you mean pq"),
     "unknown parameter": (["report", "--dataset", "tiny", "--only", "gallery", "-p", "chosn=2"], "did you mean chosen"),
@@ -122,7 +123,7 @@ def indexed(command, data, tmp_path_factory):
     return str(out), str(data / "tiny/distractors/D0000.jpg")
 
 
-@pytest.mark.parametrize("words, said", [(["-k", "0"], "k must be at least 1"), (["--box", "1,2,3"], "x0,y0,x1,y1"), (["--box", "0,0,9999,5"], "inside the image")])
+@pytest.mark.parametrize("words, said", [(["-k", "0"], "-k must be at least 1"), (["--box", "1,2,3"], "x0,y0,x1,y1"), (["--box", "0,0,9999,5"], "inside the image")])
 def test_a_search_is_asked_properly(indexed, capsys, words, said):
     assert main(["search", *indexed, *words]) == 2
     assert said in capsys.readouterr().err
@@ -139,7 +140,7 @@ def test_figures_are_on_the_screen_before_a_disk_is_full(indexed, data, tmp_path
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("patchify.cli._write", full)
+    monkeypatch.setattr("patchify.cli._write_text", full)
     evaluation = ["evaluate", "--dataset", "tiny", "--level", "2", "--data", str(data)]
     for words, said in ((evaluation, "mAP@1000"), (["search", *indexed], "D0000.jpg")):
         assert main([*words, "--json", str(tmp_path / "found.json")]) == 2
@@ -147,29 +148,90 @@ def test_figures_are_on_the_screen_before_a_disk_is_full(indexed, data, tmp_path
         assert said in told.out and "No space left" in told.err
 
 
-def test_a_hit_whose_file_is_gone_is_told_and_shown_as_missing(data, tmp_path, capsys):
-    shutil.copytree(data / "tiny/distractors", tmp_path / "photos")
-    out, picture = str(tmp_path / "index"), str(data / "tiny/distractors/D0000.jpg")
-    assert main(["index", str(tmp_path / "photos"), "--out", out, "--level", "0"]) == 0
-    (tmp_path / "photos/D0000.jpg").rename(tmp_path / "photos/moved.jpg")
-    assert main(["search", out, picture, "-k", "2", "--html", str(tmp_path / "found.html")]) == 0
+@pytest.fixture
+def photos(data, tmp_path) -> Path:
+    "A folder of photographs that a test may change."
+    return Path(shutil.copytree(data / "tiny/distractors", tmp_path / "photos"))
+
+
+def index(photos: Path, *words) -> int:
+    return main(["index", str(photos), "--out", str(photos.with_name("index")), "--level", "0", *map(str, words)])
+
+
+def test_a_hit_whose_file_is_gone_is_marked_as_missing(photos, data, capsys):
+    assert index(photos) == 0
+    (photos / "D0000.jpg").rename(photos / "moved.jpg")
+    page = photos.with_name("found.html")
+    picture = str(data / "tiny/distractors/D0000.jpg")
+    assert main(["search", str(photos.with_name("index")), picture, "-k", "2", "--html", str(page)]) == 0
     assert "D0000.jpg" in capsys.readouterr().out
-    assert (tmp_path / "found.html").read_text().count("(missing)") == 1
-    assert main(["index", str(tmp_path / "photos"), "--out", out, "--level", "0"]) == 2
-    assert "the images have changed since" in capsys.readouterr().err
+    assert page.read_text().count("(missing)") == 1
 
 
-def test_a_damaged_index_is_named_and_can_be_mended(data, tmp_path, capsys):
-    words = ["index", str(data / "tiny/distractors"), "--out", str(tmp_path / "index"), "--level", "0"]
-    asked = ["search", str(tmp_path / "index"), str(data / "tiny/distractors/D0000.jpg")]
-    assert main(words) == 0
-    for text in ('{"folder": 1', "[]", '{"folder": "x", "paths": ["a.jpg"]}'):
-        (tmp_path / "index/folder.json").write_text(text)
-        assert main(asked) == 2 and "folder.json is damaged" in capsys.readouterr().err
-    assert main(words) == main(asked) == 0
-    manifest = json.loads((tmp_path / "index/manifest.json").read_text())
-    (tmp_path / "index/manifest.json").write_text(json.dumps({name: value for name, value in manifest.items() if name != "shards"}))
-    assert main(asked) == 2 and "does not say shards" in capsys.readouterr().err
+def test_only_new_and_changed_images_are_encoded(photos, monkeypatch, capsys):
+    encoded = []
+    original = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, images: (encoded.append(len(images)), original(self, images))[1])
+    assert index(photos) == 0
+    encoded.clear()
+    assert index(photos) == 0 and sum(encoded) <= 1  # loading an encoder describes one blank image
+    encoded.clear()
+    Image.open(photos / "D0000.jpg").rotate(90).save(photos / "new.jpg")
+    (photos / "D0001.jpg").unlink()
+    Image.open(photos / "D0002.jpg").rotate(180).save(photos / "D0002.jpg")
+    assert index(photos) == 0
+    assert 0 < sum(encoded) <= 1 + 64  # one padded batch
+    capsys.readouterr()
+    assert main(["search", str(photos.with_name("index")), str(photos / "new.jpg"), "-k", "20"]) == 0
+    found = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert found[0] == "new.jpg" and sorted(found) == sorted(path.name for path in photos.iterdir())
+
+
+def test_a_folder_that_moved_costs_nothing(photos, capsys):
+    assert index(photos) == 0
+    before = {path.name for path in photos.with_name("index").glob("part-*")}
+    moved = photos.rename(photos.with_name("elsewhere"))
+    assert index(moved) == 0
+    assert {path.name for path in photos.with_name("index").glob("part-*")} == before
+
+
+@pytest.mark.parametrize("name", ["images.parquet", "part-00000"])
+def test_a_damaged_index_is_named(photos, name, capsys):
+    assert index(photos) == 0
+    damaged = photos.with_name("index") / name
+    files = [damaged] if damaged.is_file() else sorted(path for path in damaged.rglob("*") if path.is_file())
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        assert main(["check", str(photos.with_name("index"))]) == 2
+        message = capsys.readouterr().err
+        assert file.name in message and message.count("\n") == 1
+        file.write_bytes(content)
+    assert main(["check", str(photos.with_name("index"))]) == 0
+
+
+def test_several_queries_are_json_lines(indexed, data, capsys, monkeypatch):
+    directory, picture = indexed
+    assert main(["search", directory, picture, picture, "-k", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["query"] for line in lines] == [picture] * 2 and [len(line["hits"]) for line in lines] == [3, 3]
+    monkeypatch.setattr("sys.stdin", StringIO(f"{picture}\n{picture}\n"))
+    assert main(["search", directory, "-", "-k", "3"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    assert main(["search", directory, str(data / "tiny/distractors"), "-k", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 12
+
+
+def test_help_is_quick_to_import():
+    code = "import sys; from patchify.cli import main; main(['--help']); print({'torch', 'faiss', 'pandas', 'numpy', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().endswith("set()")
+
+
+def test_a_closed_pipe_ends_quietly(indexed, data):
+    folder = data / "tiny/distractors"
+    script = f"{Path(sys.executable).with_name('patchify')} search {indexed[0]} {folder} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True)
+    assert done.returncode in (0, 1, 141) and "Traceback" not in done.stderr and "Error" not in done.stderr
 
 
 def test_queries_without_positives_are_left_out_and_counted(data, tmp_path, capsys):
@@ -189,16 +251,20 @@ def test_a_malformed_box_is_named_with_file_and_line(data, tmp_path, capsys):
     assert "_bbox.txt, line 1" in capsys.readouterr().err
 
 
-def test_interrupting_says_how_to_go_on_and_loses_nothing(command, data, tmp_path):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_loses_nothing(command, data, tmp_path, stop):
     words = ["index", data / "tiny", "--level", "3", "--out"]
     process = subprocess.Popen([Path(sys.executable).with_name("patchify"), *words, tmp_path / "index"], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "index/manifest.json").exists():
+    while process.poll() is None and not (tmp_path / "index/part-00000/manifest.json").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
+    process.send_signal(stop)
+    message = process.communicate(timeout=120)[1]
     if process.returncode:  # it had not finished already
-        assert process.returncode == 130 and said.count("goes on") == 1 and "Traceback" not in said
+        assert process.returncode == 130 and "Traceback" not in message
     for out in ("index", "undisturbed"):
         assert command(*words, tmp_path / out).returncode == 0
-    resumed, whole = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("index", "undisturbed"))
-    assert resumed == whole
+    assert contents(tmp_path / "index") == contents(tmp_path / "undisturbed")

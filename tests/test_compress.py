@@ -492,9 +492,9 @@ def test_rank_rescores_the_first_images(data):
         return open_index(save_index(codes, data / "rescored.index")).add(blocks, rows)
 
     exact, coarse = rank(described).result, rank(described, index=build).result
-    every = rank(described, index=build, rescore=len(described.gallery)).result
+    every = rank(described, index=build, rescore_top=len(described.gallery)).result
     np.testing.assert_allclose(every.scores, exact.scores, atol=1e-5)
-    some = rank(described, index=build, rescore=3).result
+    some = rank(described, index=build, rescore_top=3).result
     np.testing.assert_array_equal(np.sort(some.ranks[:, :3]), np.sort(coarse.ranks[:, :3]))
     np.testing.assert_array_equal(some.ranks[:, 3:], coarse.ranks[:, 3:])
     assert recall(some, exact, 1).mean() > recall(coarse, exact, 1).mean()

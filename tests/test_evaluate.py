@@ -10,7 +10,8 @@ from patchify.boxes import Regions
 from patchify.ivf import IVFPQIndex
 from patchify.encoder import load_encoder
 from patchify.evaluate import describe, metrics_dict, rank
-from patchify.metrics import average_precisions, save_similarities
+from patchify.data.ilias_files import save_similarities
+from patchify.metrics import average_precisions
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def test_queries_without_a_true_box_are_missed_in_locscore_and_said(described):
     first = described.benchmark.positives[0][0]
     gallery["boxes"] = [np.empty((0, 4), np.float32) if i == first else boxes for i, boxes in enumerate(gallery["boxes"])]
     run = rank(replace(described, benchmark=replace(described.benchmark, gallery=gallery)))
-    assert metrics_dict(run)["left_out"]["of LocScore, for want of a true box"] == 1
-    assert metrics_dict(rank(described))["left_out"]["of LocScore, for want of a true box"] == 0
+    assert metrics_dict(run)["left_out"]["of LocScore, because no ground-truth box is known"] == 1
+    assert metrics_dict(rank(described))["left_out"]["of LocScore, because no ground-truth box is known"] == 0
 
 
 @pytest.mark.parametrize("level", (7, -2, 1.5))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import restricted_pickle
 
-from patchify.metrics import CLUTTER_EDGES, SCALE_EDGES, average_precisions, by_category, by_group, oracle_ilias, save_similarities, split_positives
+from patchify.data.ilias_files import save_similarities
+from patchify.groups import CLUTTER_EDGES, SCALE_EDGES, by_category, by_group, split_positives
+from patchify.metrics import average_precisions, oracle_ilias
 
 GOLDEN = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 INFO = json.loads((GOLDEN / "ilias.json").read_text())
@@ -84,10 +86,10 @@ def test_golden_ilias_is_covered():
     assert outputs == {f"{name}.k{k}.{what}" for name, k in CASES for what in tested} | {"scale_groups", "clutter_groups"}
 
 
-def evaluate(query_ids, db_ids, similarities, ranks, positive_ids, k):
+def evaluate(query_ids, db_ids, sims, ranks, positive_ids, k):
     "The official entry point's argument names and way of reading: mean AP over the queries of the file, in percent."
     aps = []
-    for query, scores, row in zip(query_ids, similarities, ranks):
+    for query, scores, row in zip(query_ids, sims, ranks):
         ids = np.asarray(db_ids)[row]
         right = {p for p in positive_ids if instance(p) == instance(query)}
         order = np.arange(len(ids))[None]
@@ -104,7 +106,7 @@ def test_golden_ilias_export(tmp_path, case, suffix):
     positive_ids = DATA["positive_ids"].tolist()
     if suffix == ".pkl":
         file = restricted_pickle.load(path)
-        assert list(file) == ["query_ids", "db_ids", "similarities", "ranks"]
+        assert list(file) == ["query_ids", "db_ids", "sims", "ranks"]
         assert np.array_equal(file["db_ids"], np.array(case.gallery)[np.unique(case.ranks)])
         np.testing.assert_allclose(evaluate(**file, positive_ids=positive_ids, k=case.k), expected["map"], **CLOSE)
         return

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import restricted_pickle
 
-from patchify.metrics import save_similarities
+from patchify.data.ilias_files import save_similarities
 from patchify.refine import adapt, expand_queries
 from patchify.search import ExactIndex
 
@@ -41,4 +41,4 @@ def test_golden_ilias_knn_file_names_the_same_images(tmp_path):
     written = restricted_pickle.load(file)
     named = np.asarray(written["db_ids"])[np.asarray(written["ranks"])]
     np.testing.assert_array_equal(named, DATA["reindexed_ids"][DATA["reindexed_ranks"]])
-    np.testing.assert_array_equal(written["similarities"], DATA["plain.sims"])
+    np.testing.assert_array_equal(written["sims"], DATA["plain.sims"])

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from rerank_goldens import Golden
 
-from patchify.rerank.locore import rerank_windows, slide, window_starts
+from patchify.rerank.windows import rerank_windows, slide, window_starts
 from patchify.rerank.shortlist import move_junk_last
 from patchify.search import SearchResult
 

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.descriptors.raml import absolute_loss, batch_positives, distillation_loss, evaluate_classes, rank_images, relational_loss, triplet_loss
-from patchify.descriptors.token import GeM, PoolHead, gem, mac, power_law, spoc, unit
+from patchify.descriptors.pooling import GeM, PoolHead, gem, mac, power_law, spoc, unit
+from patchify.descriptors.raml import absolute_loss, distillation_loss, relational_loss
+from patchify.descriptors.triplets import batch_positives, triplet_loss
+from patchify.metrics import average_precisions, precision_at, recall_at
+from patchify.retrieval_set import class_retrieval
+from patchify.scoring import evaluate_descriptors
 
 FOLDER = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((FOLDER / "raml.json").read_text())
@@ -100,16 +104,26 @@ def test_positives_of_the_batch():
 
 @pytest.mark.parametrize("mode, gallery", [("asym", "eval_db"), ("sym", "eval_q")])
 def test_evaluation(mode, gallery):
-    kappas = tuple(CONFIG["kappas"])
+    kappas = CONFIG["kappas"]
     queries, gallery = ARRAYS["eval_q"].T, ARRAYS[gallery].T
-    agree(f"eval.{mode}.ranks", rank_images(queries, gallery).T)
-    scores = evaluate_classes(queries, gallery, ARRAYS["eval_labels"], kappas)
-    agree(f"eval.{mode}.map", scores.map)
-    agree(f"eval.{mode}.aps", scores.aps)
-    agree(f"eval.{mode}.prs", scores.precisions)
-    agree(f"eval.{mode}.pr", np.nanmean(scores.precisions, axis=0))
-    agree(f"eval.{mode}.apk", np.nanmean(scores.aps_at, axis=0))
-    agree(f"eval.{mode}.rec", [scores.recall_at(k) for k in kappas])
+    labels = ARRAYS["eval_labels"]
+    rows = np.arange(len(labels))
+    positives = [np.flatnonzero((labels == label) & (rows != row)) for row, label in enumerate(labels)]
+    junk = rows[:, None]                                            # the image itself is no result
+    ranks = np.argsort(-(queries @ gallery.T), axis=1, kind="stable")
+    aps = average_precisions(ranks, positives, junk, variant="trapezoid")
+    precisions = np.stack([precision_at(ranks, positives, k, junk) for k in kappas], axis=1)
+    agree(f"eval.{mode}.ranks", ranks.T)
+    agree(f"eval.{mode}.map", np.nanmean(aps))
+    agree(f"eval.{mode}.aps", aps)
+    agree(f"eval.{mode}.prs", precisions)
+    agree(f"eval.{mode}.pr", np.nanmean(precisions, axis=0))
+    agree(f"eval.{mode}.apk", [np.nanmean(average_precisions(ranks, positives, junk, k, "trapezoid")) for k in kappas])
+    agree(f"eval.{mode}.rec", [np.nanmean(recall_at(ranks, positives, k, junk)) for k in kappas])
+    report = evaluate_descriptors(class_retrieval(labels), queries, gallery)
+    assert report["map"] == pytest.approx(100 * float(ARRAYS[f"eval.{mode}.map"]), abs=1e-3)
+    for k, recall in zip(kappas, ARRAYS[f"eval.{mode}.rec"]):
+        assert str(k) not in report["r@k"] or report["r@k"][str(k)] == pytest.approx(100 * recall, abs=1e-3)
 
 
 def test_every_output_is_covered():

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchify.metrics import ap_staircase, ap_trapezoid, average_precisions, precision_at, protocols
+from patchify.metrics import ap_staircase, ap_trapezoid, average_precisions, precision_at
+from patchify.retrieval_set import revisited_setups
 
 GOLDEN = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 INFO = json.loads((GOLDEN / "revisitop.json").read_text())
@@ -23,7 +24,7 @@ def lists(name: str) -> list[np.ndarray]:
 
 
 RANKS = DATA["ranks"].T
-GROUPS = dict(zip("EMH", protocols(lists("easy"), lists("hard"), lists("junk")).values()))
+GROUPS = dict(zip("EMH", revisited_setups(lists("easy"), lists("hard"), lists("junk")).values()))
 
 
 def precisions(ranks, group) -> np.ndarray:

@@ -13,9 +13,15 @@ from torch import nn
 
 from patchify.retrieval_set import RetrievalSet
 from patchify.data.classes import LabelledSet, load_gldv2_train
-from patchify.descriptors.heads import Classifier, head_descriptors, image_batches, labelled_crops, open_crop, photo_descriptors, published_plan, scale_descriptors, train_head, train_network, view_maps
-from patchify.descriptors.token import DescriptorNet, FeatureMap, IMAGE_SCALES, PoolHead, TokenHead
+from patchify.descriptors.heads import Classifier, evaluate_photos, head_descriptors, labelled_crops, open_crop
+from patchify.descriptors.heads import photo_descriptors
+from patchify.descriptors.heads import scale_descriptors, train_head, view_maps
+from patchify.descriptors.network import DescriptorNet, FeatureMap, IMAGE_SCALES
+from patchify.descriptors.pooling import PoolHead
+from patchify.descriptors.token import TokenHead
+from patchify.descriptors.training import image_batches, init_published, published_plan, train_network
 from patchify.learn import TrainingPlan, train
+from patchify.scoring import evaluate_descriptors
 
 
 @pytest.fixture
@@ -85,9 +91,15 @@ def test_a_finished_head_is_loaded(labelled, tmp_path):
 
 
 def test_batches_of_images_are_seeded(labelled):
-    draw = image_batches(labelled_crops(labelled), 16, batch=4)
-    (a, la), (b, lb) = (draw(np.random.default_rng(5)) for _ in range(2))
+    load_batch = image_batches(labelled_crops(labelled), 16, batch=4)
+    (a, la), (b, lb) = (load_batch(0, np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(a, b) and torch.equal(la, lb) and a.shape == (4, 3, 16, 16)
+
+
+def test_an_epoch_of_batches_uses_every_crop_once(labelled):
+    load_batch = image_batches(labelled_crops(labelled), 16, batch=4)
+    labels = torch.cat([load_batch(number, np.random.default_rng(0))[1] for number in range(3)]).tolist()
+    assert sorted(labels[:6]) == sorted(labels[6:]) == [0, 0, 1, 1, 2, 2]
 
 
 def test_the_classifier_prefers_the_right_class():
@@ -99,20 +111,34 @@ def test_the_classifier_prefers_the_right_class():
 
 def test_the_published_plan_warms_up_for_five_epochs():
     plan = published_plan(1280)
-    assert (plan.steps, plan.warmup) == (300, 50) and plan.rate(49) == plan.learning_rate == 0.00125 and plan.optimizer == "sgd"
-    assert plan.accumulate == 4                                    # 128 images a step, 32 at a time
+    assert (plan.steps, plan.warmup) == (300, 50) and plan.optimizer == "sgd"
+    assert plan.rate(49) == plan.rate(50) == plan.learning_rate == 0.00125
+    schedule = np.linspace(0.0001 * 32 / 256, 0.01 * 32 / 256, 50)  # as the authors write it
+    assert np.allclose([plan.rate(step) for step in range(50)], schedule, rtol=1e-12)
+    assert plan.accumulate == 1                                    # 128 images a step share their batch norms
+    assert published_plan(1280, at_once=32).accumulate == 4        # 32 at a time
+
+
+def test_published_initial_weights():
+    torch.manual_seed(0)
+    head = init_published(TokenHead(8, 8, 64, heads=4))
+    attentions = [module for name, module in head.named_modules() if name.endswith("attn")]
+    assert len(attentions) == 5 and 0.8 < head.query.std() < 1.2
+    for attention in attentions:
+        assert not attention.proj.weight.any() and not attention.q.bias.any() and not attention.v.bias.any()
+        assert attention.q.weight.abs().max() < 0.1 and 0.018 < attention.k.weight.std() < 0.022
 
 
 def test_the_batches_of_a_step_are_averaged(labelled):
     crops, plan = labelled_crops(labelled), TrainingPlan(1, 0.1, optimizer="sgd", accumulate=3, seed=5)
     torch.manual_seed(0)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
-    slow, batches = copy.deepcopy(net), image_batches(crops, 8, batch=2)
+    slow, batches = copy.deepcopy(net), image_batches(crops, 8, batch=2, seed=plan.seed)
 
     def drawn(number):
         rng = np.random.default_rng([plan.seed, number])
         rng.integers(2**62)                                        # the loop seeds dropout with it
-        return batches(rng)
+        return batches(number, rng)
 
     torch.manual_seed(plan.seed)
     classifier = Classifier(slow, 4, 3)
@@ -137,18 +163,18 @@ def landmarks(root, labels=3, each=3):
 
 def test_the_published_run_of_token_starts_and_goes_on(tmp_path):
     crops = labelled_crops(load_gldv2_train(landmarks(tmp_path / "gldv2")))
-    plan, size = published_plan(len(crops), batch=4, epochs=3, warmup=1, per_gpu=2), 64
+    plan, size = published_plan(len(crops), batch=4, epochs=3, warmup=1, per_gpu=4, at_once=2), 64
 
     def fresh():
         torch.manual_seed(0)
         backbone = FeatureMap(timm.create_model("lcnet_035", num_classes=0))
-        return DescriptorNet(backbone, TokenHead(backbone.channels, 16, 16, heads=2))
+        return DescriptorNet(backbone, init_published(TokenHead(backbone.channels, 16, 16, heads=2)))
 
     whole, parts = fresh(), fresh()
     losses = train_network(whole, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "whole.safetensors")
     assert len(losses) == plan.steps == 9 and np.isfinite(losses).all() and not whole.training
     with pytest.MonkeyPatch.context() as patch:                     # killed at the fifth step, with checkpoints at every second
-        patch.setattr("patchify.descriptors.heads.train", lambda module, loss_of, plan, path: train(
+        patch.setattr("patchify.descriptors.training.train", lambda module, loss_of, plan, path: train(
             module, lambda draw, rng: loss_of(draw, rng) if draw < 10 else (_ for _ in ()).throw(KeyboardInterrupt), plan, path, save_every=2))
         with pytest.raises(KeyboardInterrupt):
             train_network(parts, crops, 16, plan, size, batch=2, checkpoint=tmp_path / "parts.safetensors")
@@ -169,6 +195,25 @@ def test_photographs_keep_their_shape_and_a_query_its_scale(tmp_path):
     vectors = photo_descriptors(DescriptorNet(backbone, PoolHead(3, 4)), crops, longest=200)
     assert seen == [(100, 200), (141, 282), (70, 141), (50, 100), (70, 141), (35, 70)]     # half of the picture, half of the limit
     assert vectors.shape == (2, 4) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_landmarks_are_evaluated_with_cropped_queries_and_their_protocol(labelled):
+    "Three queries with boxes, six images; easy, hard and junk as ROxford lists them."
+    box = np.array([2, 3, 22, 23], np.float32)
+    paths = [f"{i}.png" for i in range(6)]
+    lists = dict(easy=[[0], [2], [4]], hard=[[1], [3], []], junk=[[5], [], [0]])
+    queries = pd.DataFrame({"id": ["a", "b", "c"], "path": paths[::2], "box": [box] * 3, "instance": list("abc"),
+                            "category": None, "subcategory": None, **lists})
+    gallery = pd.DataFrame({"id": paths, "path": paths, "boxes": [np.empty((0, 4), np.float32)] * 6,
+                            "instance": None, "scale": np.nan, "clutter": np.nan})
+    benchmark = RetrievalSet("tiny landmarks", labelled.root, queries, gallery).under("medium")
+    torch.manual_seed(0)
+    net = DescriptorNet(lambda images: nn.functional.avg_pool2d(images, 4), PoolHead(3, 4))
+    report = evaluate_photos(net, benchmark, longest=32)
+    crops = pd.DataFrame({"file": [str(labelled.root / path) for path in paths[::2]], "box": [box] * 3})
+    whole = pd.DataFrame({"file": [str(labelled.root / path) for path in paths], "box": None})
+    q, g = photo_descriptors(net, crops, 32), photo_descriptors(net, whole, 32)
+    assert report == evaluate_descriptors(benchmark, q, g) and {"easy", "medium", "hard", "mp@k"} <= set(report)
 
 
 def test_scales_are_finished_batch_by_batch(labelled):

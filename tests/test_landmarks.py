@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from patchify.rerank.ames import draw_pairs
-from patchify.rerank.official import DescriptorFile, load_landmarks, read_images, read_shortlists
-from patchify.rerank.locore import draw_lists
+from patchify.rerank.ames_training import draw_pairs
+from patchify.rerank.official import DescriptorFile, load_landmarks, read_listed_images, read_shortlist
+from patchify.rerank.locore_training import draw_lists
 from patchify.rerank.shortlist import from_columns
 
 N, T, C = 9, 6, 8
@@ -83,16 +83,16 @@ def test_the_three_files_make_batches(folder, table):
 
 
 def test_numpy_shortlists_equal_pickled_ones(folder):
-    pickled = read_shortlists(folder / "nn.pkl", N)
+    pickled = read_shortlist(folder / "nn.pkl", N)
     np.save(folder / "nn.npy", np.stack([pickled.scores, pickled.ranks.astype(np.float32)]))
-    assert np.array_equal(read_shortlists(folder / "nn.npy", N).ranks, pickled.ranks)
+    assert np.array_equal(read_shortlist(folder / "nn.npy", N).ranks, pickled.ranks)
 
 
 @pytest.mark.parametrize("text, message", [("", "is empty"), ("0.jpg,5,1,1\n1.jpg\n", "line 2"), ("0.jpg,tower,1,1\n", "line 1")])
 def test_a_wrong_image_list_is_named(tmp_path, text, message):
     (tmp_path / "train.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_images(tmp_path / "train.txt")
+        read_listed_images(tmp_path / "train.txt")
 
 
 def test_files_that_do_not_belong_together_are_refused(folder, table):
@@ -101,13 +101,13 @@ def test_files_that_do_not_belong_together_are_refused(folder, table):
     (folder / "odd.bin").write_bytes(b"1234" * (N + 1))
     np.arange(2 * C, dtype=np.float32).tofile(folder / "global.bin")
     args = [folder / "local.npy", folder / "train.txt", folder / "nn.pkl"]
-    for change, message in ({0: folder / "few.npy"}, "covers 4 images"), ({0: folder / "flat.npy"}, "not images x descriptors"):
+    for change, message in ({0: folder / "few.npy"}, "covers 4 images"), ({0: folder / "flat.npy"}, "images x descriptors"):
         with pytest.raises(ValueError, match=message):
             load_landmarks(*(change.get(i, arg) for i, arg in enumerate(args)))
-    with pytest.raises(ValueError, match="no multiple of the 9 images"):
+    with pytest.raises(ValueError, match="no multiple of 9 images"):
         load_landmarks(*args, summary=folder / "odd.bin")
     with pytest.raises(ValueError, match="names images 0..8, but there are 4"):
-        read_shortlists(folder / "nn.pkl", 4)
+        read_shortlist(folder / "nn.pkl", 4)
     with pytest.raises(ValueError, match="9 images, but there are 2 global"):
         DescriptorFile(folder / "local.npy", summary=np.zeros((2, 3)))
 
@@ -115,4 +115,4 @@ def test_files_that_do_not_belong_together_are_refused(folder, table):
 def test_a_pickle_that_names_code_is_not_run(folder):
     (folder / "nn.pkl").write_bytes(pickle.dumps(print))
     with pytest.raises(ValueError, match="plain data"):
-        read_shortlists(folder / "nn.pkl", N)
+        read_shortlist(folder / "nn.pkl", N)

@@ -8,8 +8,11 @@ import restricted_pickle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchify import groups, localization, statistics
 from patchify import metrics as m
 from patchify.boxes import iou, pyramid_boxes
+from patchify.data.ilias_files import save_similarities
+from patchify.retrieval_set import revisited_setups
 
 SETTINGS = settings(max_examples=60, deadline=None)
 
@@ -140,7 +143,7 @@ def located(world, patches=5):
     ranks, positives, junk, rng = world
     truth = [np.sort(rng.integers(0, 100, (rng.integers(1, 4), 2, 2)), 1).reshape(-1, 4) + [0, 0, 1, 1] for _ in range(ranks.shape[1])]
     boxes, patch_ids = pyramid_boxes(101, 101, 1), rng.integers(0, patches, ranks.shape)
-    overlaps = m.location_overlaps(ranks, patch_ids, positives, lambda image: boxes, truth, junk)
+    overlaps = localization.location_overlaps(ranks, patch_ids, positives, lambda image: boxes, truth, junk)
     return patch_ids, overlaps, [iou(boxes, t).max(1) for t in truth]
 
 
@@ -149,13 +152,13 @@ def located(world, patches=5):
 def test_locscore_equals_the_definition_and_never_exceeds_ap(world, weight, tau, k):
     ranks, positives, junk, _ = world
     patch_ids, overlaps, table = located(world)
-    taus = np.float32(m.IOU_THRESHOLDS.get(tau, [tau]))
+    taus = np.float32(localization.IOU_THRESHOLDS.get(tau, [tau]))
     expected = []
     for row, patch, right, bad in zip(ranks, patch_ids, positives, junk):
         shared = {image: table[image][p] for image, p in zip(row, patch)}
         weights = [{i: (s if weight == "iou" else 1.0) * float(s >= t) for i, s in shared.items()} for t in taus]
         expected.append(np.mean([slow_ap(row, right, bad, w, k) for w in weights]))
-    values = m.locscores(ranks, positives, overlaps, tau, weight, junk, k)
+    values = localization.locscores(ranks, positives, overlaps, tau, weight, junk, k)
     np.testing.assert_allclose(values, expected, atol=1e-6)
     aps = m.average_precisions(ranks, positives, junk, k)
     assert np.array_equal(np.isnan(aps), np.isnan(values)) and (np.nan_to_num(values) <= np.nan_to_num(aps) + 1e-12).all()
@@ -169,27 +172,27 @@ def test_locscore_of_exact_boxes_is_ap_and_of_wrong_boxes_zero(world, weight, ta
     patch_ids = np.full(ranks.shape, 7)
     aps = m.average_precisions(ranks, positives, junk)
     for truth, expected in [(boxes[[7]], aps), (boxes[[13]], 0 * aps)]:
-        overlaps = m.location_overlaps(ranks, patch_ids, positives, [boxes] * ranks.shape[1], lambda image: truth, junk)
-        np.testing.assert_allclose(m.locscores(ranks, positives, overlaps, tau, weight, junk), expected, atol=1e-12)
+        overlaps = localization.location_overlaps(ranks, patch_ids, positives, [boxes] * ranks.shape[1], lambda image: truth, junk)
+        np.testing.assert_allclose(localization.locscores(ranks, positives, overlaps, tau, weight, junk), expected, atol=1e-12)
 
 
 def test_the_best_of_several_boxes_counts():
     boxes = pyramid_boxes(100, 100, 1)
     truth = np.array([[0, 0, 5, 5], [50, 50, 100, 100]])
-    overlap, = m.location_overlaps(np.array([[0]]), np.array([[4]]), [[0]], {0: boxes}, {0: truth})
+    overlap, = localization.location_overlaps(np.array([[0]]), np.array([[4]]), [[0]], {0: boxes}, {0: truth})
     assert overlap.tolist() == [1]
 
 
 def test_thresholds_are_inclusive_in_single_precision():
     for tau in np.arange(0.05, 1, 0.05):
-        assert m.location_weights([np.float32(tau)], float(tau), "hit") == 1
+        assert localization.location_weights([np.float32(tau)], float(tau), "hit") == 1
 
 
 def test_unknown_locations_are_missing_and_others_stay():
     ranks, positives = np.array([[0], [1], [0], [1]]), [[0], [1], [0], [0]]
     truth = {0: np.empty((0, 4)), 1: np.array([[0, 0, 10, 10]])}
-    overlaps = m.location_overlaps(ranks, np.array([[0], [0], [-1], [0]]), positives, lambda i: np.array([[0, 0, 10, 10]]), truth)
-    values = m.locscores(ranks, positives, overlaps)
+    overlaps = localization.location_overlaps(ranks, np.array([[0], [0], [-1], [0]]), positives, lambda i: np.array([[0, 0, 10, 10]]), truth)
+    values = localization.locscores(ranks, positives, overlaps)
     assert np.isnan(values[[0, 2]]).all() and values[1] == 1 and values[3] == 0
 
 
@@ -199,9 +202,9 @@ def test_unknown_locations_are_missing_and_others_stay():
 @given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), min_size=1, max_size=40), st.integers(0, 99))
 def test_bootstrap_is_deterministic_and_ignores_missing(values, seed):
     values = np.array(values)
-    summary, known = m.summarize(values, 200, seed), values[~np.isnan(values)]
-    np.testing.assert_equal(astuple(summary), astuple(m.summarize(values, 200, seed)))
-    np.testing.assert_equal((summary.lo, summary.hi), m.bootstrap_ci(known, 200, seed))
+    summary, known = statistics.summarize(values, 200, seed), values[~np.isnan(values)]
+    np.testing.assert_equal(astuple(summary), astuple(statistics.summarize(values, 200, seed)))
+    np.testing.assert_equal((summary.lo, summary.hi), statistics.bootstrap_ci(known, 200, seed))
     assert (summary.queries, summary.left_out) == (len(known), len(values) - len(known))
     if len(known):
         assert known.min() - 1e-12 <= summary.lo <= summary.hi <= known.max() + 1e-12
@@ -209,7 +212,7 @@ def test_bootstrap_is_deterministic_and_ignores_missing(values, seed):
 
 def test_interval_covers_the_true_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    covered = [lo <= 0.5 <= hi for lo, hi in (m.bootstrap_ci(rng.random(60), 300, s) for s in range(200))]
+    covered = [lo <= 0.5 <= hi for lo, hi in (statistics.bootstrap_ci(rng.random(60), 300, s) for s in range(200))]
     assert 0.9 <= np.mean(covered) <= 0.99
 
 
@@ -218,12 +221,12 @@ def test_paired_bootstrap():
     hard = rng.random(200)
     a, b = hard + rng.normal(0.02, 0.02, 200), hard.copy()
     a[3] = b[7] = np.nan
-    result = m.paired_bootstrap(a, b)
-    assert result == m.paired_bootstrap(a, b) and result.queries == 198
+    result = statistics.paired_bootstrap(a, b)
+    assert result == statistics.paired_bootstrap(a, b) and result.queries == 198
     assert np.isclose(result.difference, np.nanmean(a - b)) and 0 < result.lo < result.difference < result.hi and result.p < 0.01
-    mirrored = m.paired_bootstrap(b, a)
+    mirrored = statistics.paired_bootstrap(b, a)
     np.testing.assert_allclose([mirrored.difference, mirrored.lo, mirrored.hi], [-result.difference, -result.hi, -result.lo])
-    assert m.paired_bootstrap(hard, hard[::-1]).p > 0.05
+    assert statistics.paired_bootstrap(hard, hard[::-1]).p > 0.05
 
 
 # groups
@@ -231,31 +234,31 @@ def test_paired_bootstrap():
 def test_groups_leave_the_list_and_the_truth():
     ranks, positives = np.array([[0, 5, 1, 2], [3, 5, 4, 2]]), [[0, 1, 2], [3]]
     scale = np.array([0.01, 0.2, np.nan, 0.01, np.nan, np.nan])
-    table = m.by_group(lambda p, j: m.average_precisions(ranks, p, j), m.split_positives(positives, scale, (0, 0.1, 0.5)))
+    table = groups.by_group(lambda p, j: m.average_precisions(ranks, p, j), groups.split_positives(positives, scale, (0, 0.1, 0.5)))
     assert table["group"].tolist() == ["0-0.1", "0.1-0.5"] and table["queries"].tolist() == [2, 1] and table["left_out"].tolist() == [0, 1]
     np.testing.assert_allclose(table["mean"], [1, 1 / 2])           # image 1 is second once 0 and 2 are gone
 
 
 def test_bounds_are_inclusive_below_and_exclusive_above():
-    groups = m.split_positives([[0, 1]], [18, 17.999], m.CLUTTER_EDGES)
-    inside = [p[0].tolist() for p, _ in groups.values()]
+    split = groups.split_positives([[0, 1]], [18, 17.999], groups.CLUTTER_EDGES)
+    inside = [p[0].tolist() for p, _ in split.values()]
     assert inside == [[1], [0], [], []]
 
 
 def test_an_empty_group_has_no_mean():
-    table = m.by_group(lambda p, j: m.average_precisions(np.array([[0]]), p, j), {"none": ([[]], [[0]])})
+    table = groups.by_group(lambda p, j: m.average_precisions(np.array([[0]]), p, j), {"none": ([[]], [[0]])})
     assert np.isnan(table["mean"][0]) and table["queries"][0] == 0 and table["left_out"][0] == 1
 
 
-def test_protocols_take_lists_and_arrays():
+def test_setups_take_lists_and_arrays():
     easy, hard, junk = [[1]], [np.array([2])], [[]]
-    for name, (positives, bad) in m.protocols(easy, hard, junk).items():
+    for name, (positives, bad) in revisited_setups(easy, hard, junk).items():
         assert sorted(positives[0]) == {"easy": [1], "medium": [1, 2], "hard": [2]}[name]
         assert sorted(bad[0]) == {"easy": [2], "medium": [], "hard": [1]}[name]
 
 
 def test_categories_average_instances_not_queries():
-    table = m.by_category([1, 0, 0, np.nan], ["a", "a", "b", "c"], ["x"] * 4)
+    table = groups.by_category([1, 0, 0, np.nan], ["a", "a", "b", "c"], ["x"] * 4)
     assert table["mean"].tolist() == [0.25] and table["instances"].tolist() == [2] and table["queries"].tolist() == [3]
 
 
@@ -264,30 +267,30 @@ def test_categories_average_instances_not_queries():
 def test_lists_that_were_not_filled_are_written_without_the_gaps(tmp_path):
     scores, ranks = np.float32([[0.9, 0.8, 0.1], [0.5, -np.inf, -np.inf]]), np.array([[4, 0, 2], [2, -1, -1]])
     ids = [f"i{n}" for n in range(6)]
-    file = restricted_pickle.load(m.save_similarities(tmp_path / "s.pkl", ["p", "q"], ids, scores, ranks))
+    file = restricted_pickle.load(save_similarities(tmp_path / "s.pkl", ["p", "q"], ids, scores, ranks))
     assert [file["db_ids"][r].tolist() for r in file["ranks"]] == [["i4", "i0", "i2"], ["i2"]]
-    assert [len(s) for s in file["similarities"]] == [3, 1]
-    entries = json.loads(m.save_similarities(tmp_path / "s.json", ["p", "q"], ids, scores, ranks).read_text())
+    assert [len(s) for s in file["sims"]] == [3, 1]
+    entries = json.loads(save_similarities(tmp_path / "s.json", ["p", "q"], ids, scores, ranks).read_text())
     assert {q: list(e) for q, e in entries.items()} == {"p": ["i4", "i0", "i2"], "q": ["i2"]}
     assert np.float32(entries["p"]["i4"]) == scores[0, 0] and sorted(p.name for p in tmp_path.iterdir()) == ["s.json", "s.pkl"]
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda t: m.average_precisions(np.array([0, 1]), [[0]]), "ranks must be whole numbers of shape"),
-    (lambda t: m.average_precisions(np.array([[0.0]]), [[0]]), "whole numbers"),
+    (lambda t: m.average_precisions(np.array([0, 1]), [[0]]), "ranks must be integers of shape"),
+    (lambda t: m.average_precisions(np.array([[0.0]]), [[0]]), "integers"),
     (lambda t: m.average_precisions(np.array([[0]]), [[0], [1]]), "1 rankings, 2 lists of positives"),
     (lambda t: m.average_precisions(np.array([[0]]), [[0]], k=0), "k must be 1 or more, got 0"),
     (lambda t: m.average_precisions(np.array([[0]]), [[0]], variant="ilias"), "needs scores"),
     (lambda t: m.average_precisions(np.array([[0, 0]]), [[0]]), "gallery image 0 more than once"),
     (lambda t: m.precision_at(np.array([[0]]), [[0]], 0), "k must be 1 or more, got 0"),
-    (lambda t: m.location_overlaps(np.array([[0]]), np.array([0]), [[0]], [], []), "patch_ids"),
-    (lambda t: m.locscores(np.array([[0]]), [[0]], [[]]), "0 overlaps for 1 retrieved positives"),
-    (lambda t: m.location_weights([0.5], weight="soft"), "unknown weight 'soft'"),
-    (lambda t: m.paired_bootstrap([np.nan], [1.0]), "no query has a value in both"),
-    (lambda t: m.save_similarities(t / "s.npz", ["q"], ["a"], np.ones((1, 1)), np.zeros((1, 1), int)), "s.npz"),
-    (lambda t: m.save_similarities(t / "s.pkl", ["q"], ["a", "a"], np.ones((1, 1)), np.zeros((1, 1), int)), "unique"),
-    (lambda t: m.save_similarities(t / "s.pkl", ["q", "p"], ["a"], np.ones((1, 1)), np.zeros((1, 1), int)), "do not belong together"),
-    (lambda t: m.save_similarities(t / "s.json", ["q"], ["a"], np.full((1, 1), np.nan), np.zeros((1, 1), int)), "not finite"),
+    (lambda t: localization.location_overlaps(np.array([[0]]), np.array([0]), [[0]], [], []), "patch_ids"),
+    (lambda t: localization.locscores(np.array([[0]]), [[0]], [[]]), "0 overlaps for 1 retrieved positives"),
+    (lambda t: localization.location_weights([0.5], weight="soft"), "unknown weight 'soft'"),
+    (lambda t: statistics.paired_bootstrap([np.nan], [1.0]), "no query has a value in both"),
+    (lambda t: save_similarities(t / "s.npz", ["q"], ["a"], np.ones((1, 1)), np.zeros((1, 1), int)), "s.npz"),
+    (lambda t: save_similarities(t / "s.pkl", ["q"], ["a", "a"], np.ones((1, 1)), np.zeros((1, 1), int)), "unique"),
+    (lambda t: save_similarities(t / "s.pkl", ["q", "p"], ["a"], np.ones((1, 1)), np.zeros((1, 1), int)), "do not belong together"),
+    (lambda t: save_similarities(t / "s.json", ["q"], ["a"], np.full((1, 1), np.nan), np.zeros((1, 1), int)), "not finite"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, call, words):
     with pytest.raises(ValueError, match=words) as error:

@@ -1,4 +1,5 @@
 "Notebooks and package are in step, notebooks are clean, and every library notebook runs from top to bottom."
+import ast
 import re
 import shutil
 import subprocess
@@ -10,9 +11,15 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
 EXPERIMENTS = sorted((ROOT / "nbs/experiments").glob("*.ipynb"))
+LIBRARY = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if path not in EXPERIMENTS and "." not in path.parent.name)
 NAMES = {"ids": lambda path: path.stem}
+
+
+def modules(folder: Path) -> dict[str, str]:
+    "The source of every module of the package below a folder."
+    package = folder / "patchify"
+    return {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
 
 
 def code(path: Path) -> list:
@@ -28,7 +35,8 @@ def copy(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (copy / "patchify").mkdir()
-    shutil.copy(ROOT / "patchify/__init__.py", copy / "patchify")
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy(ROOT / "patchify" / name, copy / "patchify")
     for tool in ("nbdev_export", "nbdev_clean"):
         done = subprocess.run([Path(sys.executable).with_name(tool)], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -36,7 +44,8 @@ def copy(tmp_path_factory) -> Path:
 
 
 def test_the_package_is_what_the_notebooks_export(copy):
-    exported, committed = ({p.name: p.read_text() for p in (folder / "patchify").glob("*.py")} for folder in (copy, ROOT))
+    exported = modules(copy)
+    committed = modules(ROOT)
     assert exported.keys() == committed.keys()
     assert [name for name in exported if exported[name] != committed[name]] == []
 
@@ -74,21 +83,60 @@ def test_an_experiment_is_parameterised_and_bare(path):
     assert not any(cell.source.startswith("#|") for cell in cells), "papermill runs cells that nbdev would skip"
 
 
-def test_modules_import_only_what_comes_before_them():
-    numbers = {}
-    for path in LIBRARY:
-        if match := re.match(r"#\| default_exp (\w+)", code(path)[0].source):
-            numbers[match[1]] = path.stem[:2]
-    for module, number in numbers.items():
-        text = (ROOT / f"patchify/{module}.py").read_text()
-        imported = re.findall(r"^\s*from (?:patchify)?\.(\w+) import", text, re.M)
-        imported += [name for line in re.findall(r"^\s*from (?:\.|patchify) import ([\w, ]+)", text, re.M) for name in re.findall(r"\w+", line)]
-        late = [name for name in imported if numbers[name] >= number]
-        assert not late, f"{module} ({number}) imports {late}"
+LAYERS = ({""}, {"data"}, {"rerank", "descriptors", "synthetic"}, {"zoo"}, {"cluster", "pages", "cli"})
+
+
+def imports(module: str, source: str) -> set[str]:
+    "The modules of the package that a module imports anywhere in its source, such as `rerank.ames`."
+    package = ["patchify", *module.split(".")[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = package[:len(package) + 1 - node.level] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name.removeprefix("patchify.") for name in found if name.startswith("patchify.")}
+
+
+def package_imports() -> dict[str, set[str]]:
+    "module -> the modules of the package that it imports."
+    names = {path.removesuffix(".py").replace("/", "."): source for path, source in modules(ROOT).items()}
+    names = {name: source for name, source in names.items() if name != "_modidx" and not name.endswith("__")}
+    return {name: imports(name, source) & names.keys() for name, source in names.items()}
+
+
+def layer(module: str) -> int:
+    "The layer of a module: core is 0."
+    package = module.split(".")[0] if "." in module or module == "cli" or module == "cluster" else ""
+    return next(i for i, packages in enumerate(LAYERS) if package in packages)
+
+
+def test_modules_import_only_from_lower_layers():
+    for module, imported in package_imports().items():
+        for other in imported:
+            same = module.split(".")[0] == other.split(".")[0] or layer(module) == 0
+            top = layer(module) == layer(other) == len(LAYERS) - 1  # the command line opens pages
+            assert layer(other) < layer(module) or layer(other) == layer(module) and (same or top), f"{module} imports {other}"
+
+
+def test_no_module_imports_itself_through_others():
+    waiting = package_imports()
+    while waiting:
+        ready = {module for module, imported in waiting.items() if not imported & waiting.keys()}
+        assert ready, f"a cycle among {sorted(waiting)}"
+        waiting = {module: imported for module, imported in waiting.items() if module not in ready}
+
+
+def test_an_import_inside_a_package_is_seen():
+    assert imports("rerank.ames", "from ..search import rank\nfrom .shortlist import fuse") >= {"search", "rerank.shortlist"}
+    assert "zoo.heads" in imports("boxes", "from .zoo import heads")
 
 
 def test_the_package_does_not_need_the_tools_that_made_it():
-    check = "import sys; sys.modules.update(nbdev=None, fastcore=None, ray=None); import importlib, pathlib; " \
-            f"[importlib.import_module('patchify.' + p.stem) for p in pathlib.Path({str(ROOT / 'patchify')!r}).glob('*.py') if p.stem != '_modidx']"
+    names = [f"patchify.{module}" for module in package_imports()]
+    check = "import sys; sys.modules.update(nbdev=None, fastcore=None, ray=None); import importlib; "
+    check += f"[importlib.import_module(name) for name in {names}]"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ def settings() -> dict:
 
 def test_the_installed_package_requires_what_settings_ini_lists():
     listed = {str(Requirement(line)) for line in settings()["requirements"].split("\n") if line}
-    assert listed == {str(Requirement(line)) for line in requires("patchify") if "extra ==" not in line}
+    assert listed == {str(Requirement(line)) for line in requires("patchify-retrieval") if "extra ==" not in line}
 
 
 def test_the_conda_environment_adds_no_dependency_of_its_own():
@@ -29,7 +29,7 @@ def test_the_conda_environment_adds_no_dependency_of_its_own():
     plain = [item for item in environment["dependencies"] if isinstance(item, str)]
     nested = [item for item in environment["dependencies"] if isinstance(item, dict)]
     assert {item.split("=")[0].split(">")[0] for item in plain} == {"python", "jupyterlab", "pip"}
-    assert nested == [{"pip": ["-e .[dev]"]}]
+    assert nested == [{"pip": ["-e .[report,locore,hdf5,text,dev]"]}]
     minimum = tuple(map(int, settings()["min_python"].split(".")))
     assert tuple(map(int, plain[0].split("=")[1].split("."))) >= minimum
 

@@ -63,6 +63,19 @@ def test_every_region_scheme_and_the_order_of_its_boxes(kind, level):
         assert torch.equal(together[i:i + 1], cut_with_matrices(image, boxes[i:i + 1], 24))
 
 
+@pytest.mark.parametrize("side", [(90, 41), (41, 90), (64, 64), (300, 2), (2, 300), (7, 5)])
+def test_padding_keeps_the_aspect_ratio(side):
+    image = noise(*side)
+    size = 32
+    scale = size / max(side)
+    width, height = (max(1, int(length * scale + 1e-9)) for length in side)
+    expected = Image.new("RGB", (size, size), (9, 8, 7))
+    expected.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    for cut, allowed in [(cut_with_pil, 0), (cut_with_torch, 2), (cut_patches, 2)]:
+        patch = cut(image, [[0, 0, *side]], size, padding=(9, 8, 7))[0].permute(1, 2, 0).int().numpy()
+        assert abs(patch - np.asarray(expected, int)).max() <= allowed
+
+
 def test_a_constant_image_stays_constant():
     image = Image.new("RGB", (97, 61), (255, 7, 0))
     for cut in (cut_with_matrices, cut_with_torch, cut_with_pil):

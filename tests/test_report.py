@@ -10,12 +10,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbclient
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
-from patchify.pages.report import LONG, build_index, published
+from patchify.pages.page import project_folder, project_root
+from patchify.pages.report import LONG
+from patchify.pages.site import build_index
+from patchify.pages.tables import compact, format_number, format_p, published, published_table, with_interval
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +42,8 @@ def test_every_experiment_makes_its_page(pages):
     for name in names:
         facts = json.loads((pages / f"{name}.json").read_text())
         assert facts["line"] and facts["checks"] and facts["provenance"]["parameters"]
+        page = (pages / f"{name}.html").read_text()
+        assert page.index("<h1") < page.index("<section class=finding>") < page.index("<details class=code>")
         assert f"tiny-mini/{name}.html" in index
 
 
@@ -45,8 +51,8 @@ def test_pages_need_neither_network_nor_script(pages):
     for page in [*pages.glob("*.html"), pages.parent / "index.html"]:
         text = page.read_text()
         assert "<script" not in text and not re.search(r"(src|href)=\"?https?:", text)
-        for picture in re.findall(r'<img src="([^":]+)"', text):
-            assert (page.parent / picture).exists()
+        local = [link for link in re.findall(r'(?:src|href)="([^":#]+)"', text) if not link.startswith("data:")]
+        assert local and all((page.parent / link).exists() for link in local)
 
 
 @pytest.mark.parametrize("name", ["levels", "locscore", "groups", "regions"])
@@ -132,10 +138,52 @@ def test_a_stranger_in_the_folder_of_a_run_is_no_page(tmp_path):
         assert "notes" not in build_index(tmp_path).read_text()
 
 
+def test_an_experiment_opened_by_hand_finds_the_project(tmp_path, data):
+    project = tmp_path / "clone"
+    here = project / "nbs/experiments"
+    here.mkdir(parents=True)
+    (project / "settings.ini").write_text((ROOT / "settings.ini").read_text())
+    shutil.copytree(data / "tiny", project / "data/tiny")
+    notebook = nbformat.read(ROOT / "nbs/experiments/groups.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = cell.source.replace('"mini"  # mini,', '"tiny"  # mini,').replace("level = 3", "level = 1")
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(here)}}).execute()
+    assert list(here.iterdir()) == []
+    assert (project / "reports/scratch/groups.json").exists() and (project / "data/stores").exists()
+
+
+def test_the_root_is_that_of_this_project_only(tmp_path):
+    inside = tmp_path / "outer/inner/nbs"
+    inside.mkdir(parents=True)
+    assert project_root(inside) == inside.resolve()
+    (tmp_path / "outer/settings.ini").write_text("[DEFAULT]\nlib_name = patchify\n")
+    (tmp_path / "outer/inner/settings.ini").write_text("[DEFAULT]\nlib_name = another\n")
+    assert project_root(inside) == (tmp_path / "outer").resolve()
+    (tmp_path / "outer/inner/settings.ini").write_bytes(b"\xff not a settings file")
+    assert project_root(inside) == (tmp_path / "outer").resolve()
+    assert project_folder("given", "data") == Path("given")
+
+
+def test_numbers_read_the_same_everywhere():
+    assert [format_number(x, 2) for x in (-0.0, -0.004, 1234.567)] == ["0.00", "0.00", "1,234.57"]
+    assert format_number(-0.04, 1, signed=True) == "+0.0" and format_p(2 / 1001) == "< 0.002" and format_p(0.5) == "0.500"
+    row = {"difference": -1.26, "difference lo": -2.0, "difference hi": -0.04, "p": 2 / 1001}
+    assert with_interval(row, "difference", signed=True) == "-1.3 [-2.0, 0.0]"
+    table = compact(pd.DataFrame([row, dict.fromkeys(row)]))
+    assert table.to_dict("list") == {"difference": ["-1.3 [-2.0, 0.0]", "–"], "p": ["< 0.002", "–"]}
+
+
+def test_no_experiment_holds_a_published_number():
+    values = {f"{value:.2f}" for value in published_table()["value"] if value > 1}
+    for path in (ROOT / "nbs/experiments").glob("*.ipynb"):
+        code = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        assert not [value for value in values if re.search(rf"(?<![\d.]){re.escape(value)}(?!\d)", code)], path.name
+
+
 def test_random_weights_are_announced(command, data, tmp_path):
     done = command("report", "--dataset", "tiny", "--level", 1, "--random-weights", "--backbone", "test_resnet", "--data", data, "--reports", tmp_path, "--only", "locscore", cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert '<p class="warning">Random weights' in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
+    assert '<p class=warning>Random weights' in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
 
 
 @pytest.mark.parametrize("name", LONG)

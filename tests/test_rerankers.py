@@ -3,6 +3,7 @@ import builtins
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -16,7 +17,12 @@ from patchify.compress import PQIndex
 from patchify.encoder import MINI_WEIGHTS, load_encoder
 from patchify.evaluate import describe, rank
 from patchify.rerank.shortlist import rerank
-from patchify.zoo.rerankers import DESCRIPTORS_PER_IMAGE, GALLERY_REGIONS, QUERY_REGIONS, Reranker, descriptors_of, local_descriptors, make_reranking_task, reranker_file, reranker_scorer, train_ames, train_locore, train_rerankers
+from patchify.rerank.windows import rerank_windows
+from patchify.zoo import reranker_training
+from patchify.zoo.reranker_training import make_reranker, make_reranking_task, train_ames, train_locore, train_rerankers
+from patchify.zoo.rerankers import (
+    DESCRIPTORS_PER_IMAGE, GALLERY_REGIONS, QUERY_REGIONS, Reranker, descriptors_of, local_descriptors, reranker_file,
+    reranker_scorer)
 
 HERE = [kind for kind in DESCRIPTORS_PER_IMAGE if not kind.startswith("locore") or find_spec("transformers")]
 PATCHES = [kind for kind in HERE if kind.endswith("patches")]
@@ -34,7 +40,7 @@ def run(encoder, data):
 
 
 @pytest.fixture(scope="module")
-def shelf(encoder, data):
+def task(encoder, data):
     return make_reranking_task("ames", encoder, 6, data)
 
 
@@ -92,6 +98,22 @@ def test_the_logits_are_those_of_the_shortlist(encoder, run, data):
     assert np.array_equal(found.logits[2], read(2, np.searchsorted(run.described.gallery.rows, run.result.ranks[2, :6])))
 
 
+def test_a_depth_without_a_re_ranker_is_an_error(command):
+    done = command("evaluate", "--rerank-top-k", 5)
+    assert done.returncode == 2 and "--rerank-top-k needs --rerank" in done.stderr
+
+
+def test_a_list_longer_than_the_model_reads_is_re_ranked_in_windows(encoder, run, data):
+    depth = len(run.result.ranks[0])
+    r = replace(Reranker.load("locore", encoder, data, top_k=depth), window=depth // 2)
+    read, rows = reranker_scorer(r.model, *descriptors_of(r.kind, run, encoder, data)), run.described.gallery.rows
+    sizes = dict(top_k=depth, window=depth // 2, stride=depth // 4)
+    wanted = rerank_windows(run.result, lambda query, ids: read(query, np.searchsorted(rows, ids)), **sizes, global_weight=r.global_weight, gain=r.gain)
+    found = r(run, encoder, data)
+    assert np.array_equal(found.result.ranks, wanted.ranks) and found.logits.shape == (len(run.result.ranks), 0)
+    assert (found.result.ranks != run.result.ranks).any()
+
+
 def test_junk_takes_no_place_in_the_shortlist(encoder, run, data, monkeypatch):
     junk = [ranks[:3] for ranks in run.result.ranks]
     monkeypatch.setattr(RetrievalSet, "junk", property(lambda self: junk))
@@ -107,46 +129,70 @@ def test_a_shortlist_longer_than_the_gallery_is_cut_to_it(encoder, run, data):
     assert (np.sort(reranker(run, encoder, data).result.ranks) == np.sort(run.result.ranks)).all()
 
 
-def test_training_and_benchmark_share_no_object(shelf, data):
-    told = [{path.name: path.read_bytes() for path in (root / "ilias_core").rglob("Q*.jpg")} for root in (shelf.run.described.benchmark.root, data / "tiny")]
-    assert not set(told[0].values()) & set(told[1].values())
-    rows = shelf.negatives()
-    judged = shelf.instance[rows[rows >= 0]]
-    assert not ((judged >= shelf.trained) & (judged < len(shelf.queries))).any()
+def test_training_and_benchmark_share_no_object(task, data):
+    pictures = []
+    for root in (task.run.described.benchmark.root, data / "tiny"):
+        pictures.append({path.read_bytes() for path in (root / "ilias_core").rglob("Q*.jpg")})
+    assert pictures[0] and not pictures[0] & pictures[1]
+    rows = task.negatives()
+    products = task.instance[rows[rows >= 0]]
+    assert not ((products >= task.trained) & (products < len(task.queries))).any()
 
 
-def test_training_goes_on_where_it_stopped(shelf, tmp_path):
-    _, whole = train_ames(shelf, 4)
-    _, again = train_ames(shelf, 4, checkpoint=tmp_path / "ames.safetensors")
-    _, resumed = train_ames(shelf, 4, checkpoint=tmp_path / "ames.safetensors")
-    assert whole == again == resumed and np.isfinite(whole).all()
+def test_training_continues_where_it_stopped(task, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "ames.safetensors"
+    model, whole = train_ames(task, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(reranker_training, "train", partial(reranker_training.train, stop=1))
+        _, first = train_ames(task, 2, checkpoint=checkpoint)
+    again, resumed = train_ames(task, 2, checkpoint=checkpoint)
+    assert len(first) == 1 and whole == resumed and np.isfinite(whole).all()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_construction_matches_before_any_training(task):
+    "Zero steps: scenes of the product score higher than other scenes, and the settings are tuned for that model."
+    reranker, tuned, losses = make_reranker("ames", task, steps=0)
+    score = reranker_scorer(reranker.model, task.queries, task.gallery)
+    rows = np.arange(len(task.gallery))
+    logits = np.stack([score(query, rows) for query in range(len(task.queries))])
+    right = task.instance[len(task.queries):] == np.arange(len(task.queries))[:, None]
+    assert losses == [] and logits[right].mean() > logits[~right].mean() + .5
+    first_stage = task.run.measure().ap[task.trained:].mean()
+    assert tuned.value >= first_stage - 1e-9  # a weight of 1 is on the grid
+    with pytest.raises(ValueError, match="as teacher"):
+        make_reranker("ames_binary", task, steps=0)
 
 
 @pytest.mark.skipif("locore" not in HERE, reason="needs transformers")
 @pytest.mark.parametrize("kind", ["locore", "locore_patches"])
-def test_a_short_training_of_locore_changes_every_matrix_that_counts(kind, encoder, data):
-    shelf = make_reranking_task(kind, encoder, 6, data)
-    before, _ = train_locore(shelf, 1)
-    after, losses = train_locore(shelf, 3)
+def test_a_step_of_locore_reaches_every_matrix(kind, encoder, data):
+    task = make_reranking_task(kind, encoder, 6, data)
+    before, _ = train_locore(task, 0)
+    after, losses = train_locore(task, 1)
     assert np.isfinite(losses).all() and before.local_to_lm.weight.shape[0] == 128
-    assert not torch.equal(before.local_to_lm.weight, after.local_to_lm.weight)
-    assert shelf.gallery.count == DESCRIPTORS_PER_IMAGE[kind] and after.scale_encoder.num_embeddings == (4 if kind.endswith("patches") else 1)
-    assert reranker_scorer(after, shelf.queries, shelf.gallery)(0, np.arange(8)).shape == (8,)
+    trained = dict(after.named_parameters())
+    same = [name for name, value in before.named_parameters() if value.ndim > 1 and torch.equal(value, trained[name])]
+    assert not [name for name in same if "embeddings" not in name]
+    n_scales = 4 if kind.endswith("patches") else 1
+    assert task.gallery.count == DESCRIPTORS_PER_IMAGE[kind] and after.scale_encoder.num_embeddings == n_scales
+    assert reranker_scorer(after, task.queries, task.gallery)(0, np.arange(8)).shape == (8,)
 
 
 def test_another_encoder_is_refused_until_its_own_are_trained(tmp_path):
     other = load_encoder("resnet10t", random_weights=True, device="cpu")
-    with pytest.raises(ValueError, match="no re-ranker is trained for resnet10t .*python -m patchify.zoo.rerankers"):
+    with pytest.raises(ValueError, match="no re-ranker is trained for resnet10t .*run `patchify train rerankers`"):
         Reranker.load("ames", other, tmp_path)
     with pytest.raises(ValueError, match="did you mean"):
         Reranker.load("amess", other, tmp_path)
 
 
 @pytest.mark.skipif("locore" not in HERE, reason="needs transformers")
-def test_an_encoder_without_re_rankers_gets_all_of_them(shelf, data):
-    other = load_encoder("mini", MINI_WEIGHTS, device="cpu")  # a file of its own, so not the shipped one; its shelf is described already
+def test_an_encoder_without_re_rankers_gets_all_of_them(task, data):
+    other = load_encoder("mini", MINI_WEIGHTS, device="cpu")  # a file of its own, so not the shipped encoder
     paths = train_rerankers(other, 6, 1, data)
-    assert [path.stem for path in paths] == list(DESCRIPTORS_PER_IMAGE) and all(path.is_relative_to(data) for path in paths)
+    assert [path.stem for path in paths] == list(DESCRIPTORS_PER_IMAGE)
+    assert all(path.is_relative_to(data) for path in paths)
     assert all(Reranker.load(kind, other, data).kind == kind for kind in DESCRIPTORS_PER_IMAGE)
 
 

@@ -1,4 +1,6 @@
 """Descriptors from feature maps: invariances, checkpoints, gradients and the errors a user meets."""
+import math
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
-from patchify.descriptors.token import ArcFace, Attention, DescriptorNet, FeatureMap, IMAGE_SCALES, POOLINGS, PoolHead, TokenHead, gem, limit_size, load_token_head, mac, multiscale, power_law, rmac, rmac_regions, spoc, token_maps, tokenize, unit
+from patchify.descriptors.network import DescriptorNet, FeatureMap, IMAGE_SCALES, limit_size, multiscale
+from patchify.descriptors.pooling import POOLINGS, PoolHead, gem, mac, power_law, rmac, rmac_regions, spoc, unit
+from patchify.descriptors.token import ArcFace, TokenAttention, TokenHead, load_token_head, token_maps, tokenize
 from patchify.files import load_strict, read_weights
 
 SMALL = dict(in_channels=6, dim=5, mid_dim=8, n_tokens=3, heads=2)
@@ -18,7 +22,7 @@ def trained(seed=0, **changes):
     torch.manual_seed(seed)
     head = TokenHead(**SMALL | changes)
     for module in head.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, TokenAttention):
             nn.init.normal_(module.proj.weight, std=0.3)
     return head.eval()
 
@@ -28,8 +32,29 @@ def trained(seed=0, **changes):
 def test_regions_stay_inside_and_cover_the_ends(height, width, levels):
     for top, left, side in rmac_regions(height, width, levels):
         assert 0 <= top and 0 <= left and 1 <= side and top + side <= height and left + side <= width
-    full = [r for r in rmac_regions(height, width, 1)]
-    assert {(t, l) for t, l, _ in full} >= {(0, 0)} and max(l + s for _, l, s in full) == width and max(t + s for t, _, s in full) == height
+    full = rmac_regions(height, width, 1)
+    assert (0, 0) in {(top, left) for top, left, _ in full}
+    assert max(left + side for _, left, side in full) == width
+    assert max(top + side for top, _, side in full) == height
+
+
+@pytest.mark.parametrize("height, width", [(7, 10), (10, 7), (5, 20), (12, 12), (2, 9)])
+def test_regions_agree_with_the_authors_formula(height, width):
+    "Positions by the formula of the official code: centres, rounded down."
+    expected = []
+    short = min(height, width)
+    overlaps = [abs(1 - (max(height, width) - short) / (n * short) - 0.4) for n in range(1, 7)]
+    extra = overlaps.index(min(overlaps)) + 1 if height != width else 0
+    for level in (1, 2, 3):
+        side = math.floor(2 * short / (level + 1))
+        half = math.floor(side / 2 - 1)
+        starts = []
+        for length, more in ((height, extra * (height > width)), (width, extra * (width > height))):
+            count = level + more
+            step = (length - side) / (count - 1) if count > 1 else 0
+            starts.append([math.floor(half + i * step) - half for i in range(count)])
+        expected += [(top, left, side) for top in starts[0] for left in starts[1] if side]
+    assert rmac_regions(height, width) == expected
 
 
 @settings(max_examples=30, deadline=None)
@@ -113,7 +138,7 @@ def test_checkpoints_of_torch_load(tmp_path, wrap):
 
 def test_pickles_with_code_are_refused(tmp_path):
     torch.save({"state_dict": nn.Linear(2, 2)}, tmp_path / "model.pth")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(ValueError, match="could run code"):
         read_weights(tmp_path / "model.pth")
 
 
@@ -162,16 +187,28 @@ def test_backbone_normalises_and_refuses_images_below_its_stride():
         backbone(torch.rand(1, 3, 7, 30))
 
 
-@pytest.mark.parametrize("name", ["lcnet_035", "efficientnet_b0", "test_vit", "swin_tiny_patch4_window7_224", "pvt_v2_b0", "xcit_nano_12_p16_224", "hiera_tiny_224", "volo_d1_224"])
+FAMILIES = ["lcnet_035", "efficientnet_b0", "test_vit", "swin_tiny_patch4_window7_224"]
+FAMILIES += ["pvt_v2_b0", "xcit_nano_12_p16_224", "hiera_tiny_224", "volo_d1_224"]
+
+
+def reference_shape(model, size):
+    "Rows and columns of the map by timm's own forward_intermediates."
+    return model.forward_intermediates(torch.zeros(1, 3, size, size), indices=1, intermediates_only=True)[-1].shape[2:]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_maps_of_every_family_of_backbones(name):
     "Channels first or last, a grid or a row of tokens, with class tokens or without: a map with one cell for each stride."
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0)
-    backbone, size = FeatureMap(model).eval(), model.default_cfg["input_size"][-1]
+    backbone = FeatureMap(model).eval()
+    size = model.default_cfg["input_size"][-1]
+    side = size // backbone.stride
     with torch.no_grad():
         maps = backbone(torch.rand(1, 3, size, size))
-        known = model.forward_intermediates(torch.zeros(1, 3, size, size), indices=1, intermediates_only=True)[-1].shape[2:] if hasattr(model, "forward_intermediates") else maps.shape[2:]
-    assert maps.shape == (1, backbone.channels, *known) and maps.shape[2] == maps.shape[3] == size // backbone.stride
+        if hasattr(model, "forward_intermediates"):
+            assert reference_shape(model, size) == (side, side)
+    assert maps.shape == (1, backbone.channels, side, side)
 
 
 def test_describe_restores_the_mode_and_gives_unit_rows():
@@ -201,3 +238,10 @@ def test_limit_size_never_enlarges(width, height, longest):
 def test_rmac_of_one_position_is_its_unit_vector():
     x = torch.rand(2, 4, 1, 1)
     assert torch.allclose(F.normalize(rmac(x)), F.normalize(mac(x)), atol=1e-6)
+
+
+def test_rmac_counts_the_whole_map_once_more():
+    x = torch.rand(2, 4, 3, 5)
+    regions = [x[:, :, top : top + side, left : left + side] for top, left, side in rmac_regions(3, 5)]
+    expected = unit(mac(x)) + sum(unit(mac(region)) for region in regions)
+    assert torch.allclose(rmac(x), expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Kept networks: what ships is what the pages ask for, keys follow the settings, a student's own stages."""
+"""Trained heads and students: what ships is what the pages load, keys follow the settings, shared stages."""
 from pathlib import Path
 
 import papermill
@@ -8,10 +8,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from patchify.descriptors.raml import Student
+from patchify.descriptors.students import Student
 from patchify.encoder import Encoder, load_encoder
-from patchify.descriptors.token import POOLINGS
-from patchify.zoo.heads import CropSource, HEADS, TERMS, TrainingContext, cache_key, query_sizes, train_or_load, train_or_load_head, train_or_load_student
+from patchify.descriptors.pooling import POOLINGS
+from patchify.learn import TrainingPlan, train
+from patchify.zoo import heads
+from patchify.zoo.heads import (
+    HEADS, TERMS, CropSource, TrainingContext, query_sizes, train_or_load, train_or_load_head, train_or_load_student)
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "patchify/weights"
@@ -26,14 +29,14 @@ def defaults(page):
 
 def test_the_pages_find_every_network_in_the_package(tmp_path):
     encoder, token, small = load_encoder("mini"), defaults("token"), defaults("asymmetric")
-    school = TrainingContext(encoder, CropSource(token["products"], data=tmp_path), token["seed"])
+    context = TrainingContext(encoder, CropSource(token["products"], data=tmp_path), token["seed"])
     for name in [*(f"token {count}" for count in token["tokens"].split(",")), *POOLINGS]:
-        head, losses = train_or_load_head(school, name, token["size"], token["steps"])
+        head, losses = train_or_load_head(context, name, token["size"], token["steps"])
         assert len(losses) == token["steps"] and name in HEADS and not head.training
     assert small["products"] == token["products"] and small["seed"] == token["seed"]
     sizes = query_sizes(encoder, [int(part) for part in small["shrink"].split(",")])
     for size, terms in {(size, TERMS["all three"]) for size in sizes} | {(sizes[-1], terms) for terms in TERMS.values()}:
-        student, losses = train_or_load_student(school, size, terms, small["steps"], small["learning_rate"])
+        student, losses = train_or_load_student(context, size, terms, small["steps"], small["learning_rate"])
         assert len(losses) == small["steps"] and student.size == size
     assert not any(tmp_path.iterdir())                        # nothing was drawn, described or trained
 
@@ -48,17 +51,55 @@ def test_shipped_networks_are_small_and_of_one_encoder():
     assert len(set(keys)) == len(keys)
 
 
-def test_keys_follow_weights_and_settings_but_not_the_number_type():
-    a, b = load_encoder("mini", dtype=torch.float32), load_encoder("mini", dtype=torch.bfloat16)
-    assert cache_key(a, 1) == cache_key(b, 1) != cache_key(a, 2) and cache_key(load_encoder("mini", random_weights=True), 1) != cache_key(a, 1)
+def test_keys_follow_weights_and_settings_but_not_the_number_type(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(heads, "train_or_load", lambda module, name, key, *rest: keys.append(key) or [1.])
+
+    def key_of_head(encoder, name="gem", size=96, steps=10, products=8):
+        train_or_load_head(TrainingContext(encoder, CropSource(products, data=tmp_path)), name, size, steps)
+        return keys.pop()
+
+    def key_of_student(terms, rate=1e-3):
+        train_or_load_student(TrainingContext(full, CropSource(8, data=tmp_path)), 32, terms, 10, rate)
+        return keys.pop()
+
+    full = load_encoder("mini", dtype=torch.float32)
+    assert key_of_head(full) == key_of_head(load_encoder("mini", dtype=torch.bfloat16))
+    others = [key_of_head(load_encoder("mini", random_weights=True)), key_of_head(full, "spoc"), key_of_head(full, size=64),
+              key_of_head(full, steps=11), key_of_head(full, products=9)]
+    students = [key_of_student(terms) for terms in TERMS.values()] + [key_of_student((.7, .7), 2e-3)]
+    assert len({key_of_head(full), *others, *students}) == 1 + len(others) + len(students)
 
 
 def test_an_interrupted_training_leaves_nothing_that_looks_finished(tmp_path):
-    module = nn.Linear(2, 2)
-    def stopped(checkpoint): raise KeyboardInterrupt
+    def stopped(checkpoint):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        train_or_load(module, "none", "k", stopped, tmp_path)
+        train_or_load(nn.Linear(2, 2), "none", "k", stopped, tmp_path)
     assert not (tmp_path / "trained/k.safetensors").exists()
+
+
+def test_an_interrupted_training_continues_from_its_checkpoint(tmp_path):
+    learned = nn.Linear(2, 2)
+    plan = TrainingPlan(steps=6, learning_rate=.1)
+    starts = []
+
+    def learn(checkpoint, stop=None):
+        def loss_of(draw, rng):
+            starts.append(draw)
+            return learned(torch.tensor(rng.normal(size=(4, 2)), dtype=torch.float32)).square().mean()
+
+        losses = train(learned, loss_of, plan, checkpoint, save_every=2, stop=stop)
+        if stop:
+            raise KeyboardInterrupt
+        return losses
+
+    with pytest.raises(KeyboardInterrupt):
+        train_or_load(learned, "none", "k", lambda checkpoint: learn(checkpoint, stop=4), tmp_path)
+    losses = train_or_load(learned, "none", "k", learn, tmp_path)
+    assert starts == list(range(6)) and len(losses) == 6
+    assert [path.name for path in (tmp_path / "trained").iterdir()] == ["k.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "lcnet_035", "test_vit"])

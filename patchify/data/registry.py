@@ -13,18 +13,23 @@ from pathlib import Path
 from ..files import suggest
 from ..retrieval_set import RetrievalSet
 
-# %% ../../nbs/data/21_registry.ipynb #c005
+# %% ../../nbs/data/21_registry.ipynb #c008
 # name -> module and function, which takes the folder that follows the colon; the offline sets take the folder of all data.
 LOADERS = {
     "ilias": "data.folders:load_ilias",
+    "ilias-core": "data.folders:load_ilias_core",
+    "ilias-mini": "data.folders:load_ilias_mini",
     "folder": "data.folders:load_folder",
     "roxford5k": "data.landmarks:load_revisited",
     "rparis6k": "data.landmarks:load_revisited",
+    "roxford5k+1m": "data.landmarks:load_revisited_1m",
+    "rparis6k+1m": "data.landmarks:load_revisited_1m",
+    "gldv2": "data.landmarks:load_gldv2",
+    "instre": "data.instre:load_instre",
     "cub": "data.classes:load_cub",
     "cars": "data.classes:load_cars",
     "sop": "data.classes:load_sop",
     "inshop": "data.classes:load_inshop",
-    "gldv2": "data.classes:load_gldv2",
     "mini": "synthetic.mini:load_mini",
     "tiny": "synthetic.mini:load_tiny",
 }
@@ -39,12 +44,15 @@ def _loader(name: str) -> Callable[[str | Path], RetrievalSet]:
 def load(
     dataset: str,  # "ilias:DIR", "folder:DIR", or a name that makes its own data, such as "mini"
     data: str | Path = "data",  # where named data sets live
+    protocol: str | None = None,  # scores rankings by another protocol than the data set's own
 ) -> RetrievalSet:
     "Load a data set by what a user types."
     kind, colon, folder = dataset.partition(":")
     if kind not in LOADERS:
         raise ValueError(f"unknown data set {dataset!r}: {suggest(kind, list(LOADERS))}")
-    if not folder and (colon or kind in ("ilias", "folder")):
+    makes_data = LOADERS[kind].startswith("synthetic.")
+    if not folder and (colon or not makes_data):
         raise ValueError(f"data set {dataset!r} needs a folder: write {kind}:DIR")
     found = _loader(kind)(folder if colon else data)
-    return found.retrieval() if hasattr(found, "retrieval") else found
+    benchmark = found.retrieval() if hasattr(found, "retrieval") else found
+    return benchmark if protocol is None else benchmark.under(protocol)
