@@ -69,9 +69,9 @@ def main(
     "Run one command line."
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        signal.signal(signal.SIGTERM, _on_terminate)
+        before = signal.signal(signal.SIGTERM, _on_terminate)
     except ValueError:
-        pass  # not in the main thread: signals are handled elsewhere
+        before = None  # not in the main thread: signals are handled elsewhere
     try:
         app(arguments)
     except SystemExit as end:
@@ -79,6 +79,9 @@ def main(
     except KeyboardInterrupt:
         print("\npatchify: interrupted", file=sys.stderr)
         return 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 
