@@ -63,7 +63,7 @@ class SetScorer:
     "A scorer for `rerank`: (query index, (k,) gallery indices) -> (k,) similarities of sets."
     queries: Descriptors  # one set per query
     gallery: Descriptors  # one set per gallery image
-    similarity: Callable[..., Tensor] = chamfer  # `chamfer`, `mutual_nearest`, or another function of the same arguments
+    similarity: Callable[..., Tensor] = chamfer  # or `mutual_nearest`, or another function of the same arguments
     batch: int = 256  # images at a time
 
     @torch.no_grad()
