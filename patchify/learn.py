@@ -23,7 +23,7 @@ from .files import atomic_write, load_strict, read_metadata
 # %% ../nbs/core/19_learn.ipynb #c008
 @dataclass(frozen=True)
 class TrainingPlan:
-    "How a network is trained. Equal plans, data and devices give equal weights."
+    "How a network is trained. Equal plans, data, devices and numbers of threads give equal weights."
     steps: int  # optimiser steps
     learning_rate: float  # at its peak
     warmup: int = 0  # steps of linear growth at the start

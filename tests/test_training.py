@@ -21,6 +21,15 @@ TINY = EncoderRecipe(architecture="mobilenetv4_conv_small_035", dim=16, size=32,
                      warmup=2, grow=.5, objects=10, backgrounds=8)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Bit for bit needs a fixed order of sums; other test files set their own number of threads."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
     return make_assets(10, 8, side=64, cache=tmp_path_factory.mktemp("assets"))

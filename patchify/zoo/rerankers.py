@@ -71,7 +71,7 @@ def patch_descriptors(
     "The patches of every query, and the searched patches of every gallery image: memory maps of their stores."
     benchmark = run.described.benchmark
     stores = str(Path(data) / "stores" / "{key}")
-    query_blocks = extract(benchmark.queries, encoder, QUERY_REGIONS, stores, benchmark.root).descriptors()
+    query_blocks = list(extract(benchmark.queries, encoder, QUERY_REGIONS, stores, benchmark.root).descriptors())
     searched = slice(run.patch_rows[0], run.patch_rows[-1] + 1)
     gallery_blocks = [block[:, searched] for block in run.described.gallery.descriptors()]
     query_levels = QUERY_REGIONS.levels
@@ -105,8 +105,8 @@ def descriptors_of(
     levels = run.described.regions.levels[run.patch_rows][:count]
     is_whole = scheme == "pyramid" and np.array_equal(levels, GALLERY_REGIONS.levels)
     if (kind == "locore_patches" and not is_whole) or (kind == "ames_patches" and scheme == "pool"):
-        raise ValueError(f"{kind} cannot read the {run.patches} {scheme} patches of this search: LOCORE needs a pyramid "
-                         f"of level {GALLERY_REGIONS.level}, AMES any patches that were encoded one by one")
+        raise ValueError(f"{kind} cannot read the {run.patches} {scheme} patches of this search: LOCORE needs a "
+                         f"pyramid of level {GALLERY_REGIONS.level}, AMES any patches that were encoded one by one")
     if kind.endswith("patches"):
         sides = patch_descriptors(run, encoder, data)
     else:
