@@ -65,7 +65,8 @@ def refine_box(
     score = -np.inf
     for step in steps:
         windows = windows_around(best, image.size, step)
-        descriptors = encoder(cut_patches(image, windows, encoder.size, encoder.device)).cpu().numpy()
+        pixels = cut_patches(image, windows, encoder.size, encoder.device, padding=encoder.padding)
+        descriptors = encoder(pixels).cpu().numpy()
         scores = descriptors @ query
         count += len(windows)
         score = float(scores.max())

@@ -136,7 +136,8 @@ class FolderIndex:
     ) -> Encoder:
         "The encoder that the index was made with, in the same number type. Raises ValueError for other weights."
         dtype = getattr(torch, self.manifest["compute"].split()[0])
-        encoder = load_encoder(self.manifest["encoder"], checkpoint, random_weights, device, dtype)
+        settings = {"size": self.manifest["size"], "aspect": self.manifest["aspect"]}
+        encoder = load_encoder(self.manifest["encoder"], checkpoint, random_weights, device, dtype, **settings)
         if encoder.fingerprint != self.manifest["weights"]:
             raise ValueError(
                 f"{self.path} was made with other weights of {encoder.name} ({self.manifest['weights']}, these are "
@@ -152,7 +153,8 @@ class FolderIndex:
     ) -> np.ndarray:  # (1, D) float32 unit row
         "The descriptor of a query."
         box = np.array([0, 0, *image.size]) if box is None else np.rint(box)
-        return encoder(cut_patches(image, box[None].astype(int), encoder.size, encoder.device)).cpu().numpy()
+        pixels = cut_patches(image, box[None].astype(int), encoder.size, encoder.device, padding=encoder.padding)
+        return encoder(pixels).cpu().numpy()
 
     def blocks(self) -> list[np.ndarray]:
         "Descriptors of all readable images, in the order of their ids: blocks (n_i, P, D), memory-mapped where nothing was deleted."

@@ -27,6 +27,7 @@ from ..zoo.reranker_training import make_reranker, make_reranking_task, train_re
 from patchify.zoo.rerankers import (
     DESCRIPTORS_PER_IMAGE,
     GALLERY_REGIONS,
+    LIST_LENGTH,
     LOCAL_DESCRIPTORS,
     QUERY_REGIONS,
     Reranker,
