@@ -20,7 +20,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from .search import ImageIndex, Part, SearchResult, as_blocks, as_gallery_ids, best_patches, block_images
-from .search import patch_scores, rank_images, read_blocks
+from .search import patch_scores, read_blocks
 
 # %% ../nbs/core/09_compress.ipynb #c011
 def training_patches(
@@ -254,9 +254,9 @@ class PQIndex(CompressedIndex):
         rotation = faiss.downcast_VectorTransform(self.index.chain.at(0))
         return torch.from_numpy(rotation.apply(queries.cpu().numpy())).to(queries.device)
 
-    def search_rows(self, queries: torch.Tensor, k: int) -> SearchResult:
-        "The k best rows of each query, every code decoded."
-        return rank_images(decoded_parts(self, self.rotated(queries)), k)
+    def parts(self, queries: torch.Tensor) -> Iterator[Part]:
+        "Every code decoded, block after block."
+        return decoded_parts(self, self.rotated(queries))
 
 
 def decoded_parts(

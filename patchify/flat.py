@@ -7,7 +7,7 @@ __all__ = ['PATCHES_AT_ONCE', 'PILOT', 'ROUNDING', 'GPU_LIST', 'group_patches', 
 
 # %% ../nbs/core/10_flat.ipynb #c003
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before FAISS loads OpenMP: its threads must not spin idly
 
@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import torch
 
-from .search import ImageIndex, SearchResult, as_blocks, as_gallery_ids, read_blocks
+from .search import ExactIndex, ImageIndex, Part, SearchResult, as_blocks, as_gallery_ids, read_blocks
 
 # %% ../nbs/core/10_flat.ipynb #c010
 def group_patches(
@@ -139,10 +139,19 @@ class FlatIndex(ImageIndex):
             self.index.add(piece.flatten(0, 1).numpy())
         self.on_gpu = faiss.index_cpu_to_all_gpus(self.index) if faiss.get_num_gpus() else None
 
+    @property
+    def vectors(self) -> np.ndarray:  # (n * P, D) float32
+        "The patches that FAISS holds, not copied."
+        return faiss.rev_swig_ptr(self.index.get_xb(), self.index.ntotal * self.dim).reshape(-1, self.dim)
+
+    def parts(self, queries: torch.Tensor) -> Iterator[Part]:
+        "Scores of consecutive blocks, by the exact index."
+        return ExactIndex(self.vectors.reshape(len(self), self.n_patches, self.dim), device="cpu").parts(queries)
+
     def search_rows(self, queries: torch.Tensor, k: int) -> SearchResult:
         "The k best rows of each query."
         queries = queries.numpy()
-        vectors = faiss.rev_swig_ptr(self.index.get_xb(), self.index.ntotal * self.dim).reshape(-1, self.dim)
+        vectors = self.vectors
 
         def find(some: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
             index = self.on_gpu if self.on_gpu is not None and m <= GPU_LIST else self.index

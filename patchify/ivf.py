@@ -6,6 +6,7 @@
 __all__ = ['DECODING', 'LOOKUP', 'CODES_AT_ONCE', 'IVFPQIndex', 'scan_top', 'scan_all', 'row_map', 'probed_lists']
 
 # %% ../nbs/core/11_ivf.ipynb #c003
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from .search import Part, SearchResult, rank_images
 DECODING = 130  # cost of decoding a descriptor, in products (measured on two CPU cores)
 LOOKUP = 5  # cost of looking up one score
 CODES_AT_ONCE = 2**21  # scores of visited codes that are held at a time
+_TABLE = 2**26  # largest table of queries and images that `parts` makes by scanning
 
 
 @dataclass(eq=False)
@@ -67,13 +69,31 @@ class IVFPQIndex(PQIndex):
         queries = self.rotated(queries)
         self.core.nprobe = self.check_probe()
         visited = self.core.nprobe / self.n_lists
-        if LOOKUP * len(queries) * visited >= DECODING + len(queries):
-            probed = probed_lists(self.core, queries) if visited < 1 else None
-            return rank_images(decoded_parts(self, queries, probed), k)
+        if not self._scanning_pays(len(queries)):
+            return rank_images(self._decoded(queries), k)
         if 8 * k < len(self):
             return scan_top(self, queries, k)
         some = max(1, int(CODES_AT_ONCE / (self.core.ntotal * visited)))
         return SearchResult.stack([rank_images([scan_all(self, part)], k) for part in queries.split(some)])
+
+    def parts(self, queries: torch.Tensor) -> Iterator[Part]:
+        "Scores of all images: one table by scanning if that is small and cheap, otherwise blocks by decoding."
+        queries = self.rotated(queries)
+        self.core.nprobe = self.check_probe()
+        if self._scanning_pays(len(queries)) and len(queries) * len(self) <= _TABLE:
+            some = max(1, int(CODES_AT_ONCE * self.n_lists / (self.core.ntotal * self.core.nprobe)))
+            tables = [scan_all(self, part) for part in queries.split(some)]
+            return iter([tuple(torch.cat(column).to(queries.device) for column in zip(*tables))])
+        return self._decoded(queries)
+
+    def _scanning_pays(self, n_query: int) -> bool:
+        "Whether looking up the visited codes is less work than decoding all."
+        return LOOKUP * n_query * self.core.nprobe / self.n_lists < DECODING + n_query
+
+    def _decoded(self, queries: torch.Tensor) -> Iterator[Part]:
+        "Scores of the images in visited lists, everything decoded."
+        probed = probed_lists(self.core, queries) if self.core.nprobe < self.n_lists else None
+        return decoded_parts(self, queries, probed)
 
     def make_writable(self) -> None:
         "Drop the map of rows, and copy inverted lists that are mapped from a file into memory."

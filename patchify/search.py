@@ -192,15 +192,19 @@ QUERIES = 2048  # queries scored at a time
 
 
 class ImageIndex(ABC):
-    "Ranks gallery images by their best patch. A kind of index defines `search_rows`."
+    "Ranks gallery images by their best patch. A kind of index defines how blocks are scored."
 
     gallery_ids: np.ndarray  # (n,) int64 gallery index of each image, rising
     dim: int  # D
     device: torch.device  # where scores are computed
 
     @abstractmethod
+    def parts(self, queries: torch.Tensor) -> Iterator[Part]:
+        "Image scores and winning patches, (Q, b) each, of consecutive blocks of the gallery."
+
     def search_rows(self, queries: torch.Tensor, k: int) -> SearchResult:
         "The k best images of each query (Q, D), k <= n; `ranks` holds rows of the index."
+        return rank_images(self.parts(queries), k)
 
     def __len__(self) -> int:
         return len(self.gallery_ids)
@@ -259,10 +263,6 @@ class ExactIndex(ImageIndex):
         self.n_patches, self.dim = self.blocks[0].shape[1:]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.checked = False  # whether all descriptors are known to be finite
-
-    def search_rows(self, queries: torch.Tensor, k: int) -> SearchResult:
-        "The k best rows of each query."
-        return rank_images(self.parts(queries), k)
 
     def parts(self, queries: torch.Tensor) -> Iterator[Part]:
         "Scores of consecutive blocks, each small enough for the processor's cache."

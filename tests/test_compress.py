@@ -18,6 +18,7 @@ from patchify.compress import PQIndex, decoded_parts, memory, recall, train_quan
 from patchify.data.registry import load
 from patchify.encoder import load_encoder
 from patchify.evaluate import describe, rank
+from patchify.flat import FlatIndex
 from patchify.indexfiles import merge_indexes, open_index, save_index
 from patchify.ivf import IVFPQIndex, probed_lists, scan_all, scan_top
 from patchify.search import ExactIndex, SearchResult, merge, rank_images
@@ -498,3 +499,17 @@ def test_rank_rescores_the_first_images(data):
     np.testing.assert_array_equal(np.sort(some.ranks[:, :3]), np.sort(coarse.ranks[:, :3]))
     np.testing.assert_array_equal(some.ranks[:, 3:], coarse.ranks[:, 3:])
     assert recall(some, exact, 1).mean() > recall(coarse, exact, 1).mean()
+
+
+@pytest.mark.parametrize("make", [
+    lambda g: ExactIndex(g, device="cpu"), FlatIndex, lambda g: made(PQIndex, g), lambda g: made(IVFPQIndex, g, n_probe=3)],
+    ids=("exact", "flat", "pq", "ivfpq"))
+@pytest.mark.parametrize("table", [0, 2**26])
+def test_every_index_can_score_all_images_block_by_block(make, table, gallery, queries, monkeypatch):
+    "Positions beyond a bounded list are counted from these blocks."
+    monkeypatch.setattr(ivf, "_TABLE", table)
+    index = make(gallery)
+    blocks, whole = rank_images(index.parts(torch.from_numpy(queries))), index.search(queries)
+    np.testing.assert_allclose(blocks.scores, whole.scores, atol=1e-5)
+    np.testing.assert_array_equal(np.sort(blocks.ranks), np.sort(whole.ranks))
+    np.testing.assert_array_equal(blocks.ranks[:, 0], whole.ranks[:, 0])
