@@ -18,7 +18,7 @@ import pandas as pd
 
 from .files import suggest
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c006
+# %% ../nbs/core/02_retrieval_set.ipynb #c008
 @dataclass(frozen=True)
 class Protocol:
     "How the rankings of a data set are scored."
@@ -48,7 +48,7 @@ PROTOCOLS = {
     )
 }
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c009
+# %% ../nbs/core/02_retrieval_set.ipynb #c011
 # setup -> columns that count as positives, columns that are removed from the ranking. Radenović et al., CVPR 2018
 _SETUP_COLUMNS = {
     "easy": (("easy",), ("hard", "junk")),
@@ -77,7 +77,7 @@ def revisited_setups(
         setups[setup] = (_union([lists[name] for name in counted]), _union([lists[name] for name in removed]))
     return setups
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c013
+# %% ../nbs/core/02_retrieval_set.ipynb #c015
 @dataclass(frozen=True)
 class RetrievalSet:
     "Queries, a gallery, the ground truth between them, and the protocol that scores a ranking."
@@ -175,7 +175,7 @@ class RetrievalSet:
             counts += f", {distractors} of them distractors"
         return f"RetrievalSet({self.name!r}: {counts}; protocol {self.protocol.name})"
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c021
+# %% ../nbs/core/02_retrieval_set.ipynb #c023
 def class_retrieval(
     labels: Sequence,  # (N,) class of each image
     protocol: str | Protocol = "classes",  # how its rankings are scored

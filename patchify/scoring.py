@@ -65,9 +65,11 @@ def _count_before(index: ImageIndex, group: torch.Tensor, queries: torch.Tensor,
         end = start + block.shape[1]
         higher, level = _above(thresholds, block)
         before += torch.where(rows >= end, level[queries, column_of], higher[queries, column_of])
-        for pair in torch.nonzero((rows >= start) & (rows < end)).flatten().tolist():
-            earlier = block[queries[pair], : int(rows[pair]) - start]
-            before[pair] += (earlier == scores[pair]).sum()
+        for inside in torch.nonzero((rows >= start) & (rows < end)).flatten().split(4096):
+            columns = torch.arange(block.shape[1], device=rows.device)
+            earlier = columns < (rows[inside] - start)[:, None]
+            equal = block[queries[inside]] == scores[inside][:, None]
+            before[inside] += (earlier & equal).sum(1)
         start = end
     return torch.where(scores == -torch.inf, -1, before)
 
@@ -230,7 +232,8 @@ def _ilias_groups(ranking: Ranking, aps: np.ndarray) -> dict:
     "Oracle, scale, clutter and taxonomy tables of ILIAS, in percent."
     benchmark = ranking.benchmark
     depth = benchmark.protocol.depth
-    report = {"oracle": _mean(oracle_ilias(ranking.ranks, benchmark.positives, depth))}
+    length = min(depth or ranking.ranks.shape[1], ranking.ranks.shape[1])   # a shorter list would inflate the oracle
+    report = {"oracle": _mean(oracle_ilias(ranking.ranks, benchmark.positives, length))}
 
     def metric(wanted, removed):
         return average_precisions(ranking.ranks, wanted, removed, depth, "ilias", ranking.result.scores)

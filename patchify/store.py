@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import pandas as pd
@@ -121,16 +122,13 @@ def map_descriptors(
 ) -> np.memmap:  # (n * P, D)
     "The descriptors of a shard as a memory map, verified."
     try:
-        block = np.load(path, mmap_mode="r", allow_pickle=False)
-        if expected is not None and checksum(np.memmap(path, np.uint8, mode="r")) != expected:
-            raise _damaged(path, "its checksum differs")
-        return block
+        if expected is None or checksum(np.memmap(path, np.uint8, mode="r")) == expected:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DamagedStore(f"{path} is missing: {_REMEDY}") from None
-    except DamagedStore:
-        raise
-    except (OSError, ValueError, EOFError, SyntaxError):
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError):
         raise _damaged(path, "it cannot be read") from None
+    raise _damaged(path, "its checksum differs")
 
 # %% ../nbs/core/05_store.ipynb #c020
 def _self_checksum(manifest: dict) -> str:

@@ -48,7 +48,7 @@ class LabelledSet:
             self.root,
             queries[["id", "path", "box", "instance", "category", "subcategory"]],
             gallery[["id", "path", "boxes", "instance", "scale", "clutter"]],
-            PROTOCOLS.get(self.name, PROTOCOLS["classes"]),
+            PROTOCOLS[self.name if self.name in ("sop", "inshop") else "classes"],
         )
 
     def __repr__(self):

@@ -136,14 +136,14 @@ def load_ilias_features(
         raise ValueError(f"queries must be image or text, got {queries!r}")
     if distractors not in ("all", "mini", "none"):
         raise ValueError(f"distractors must be all, mini or none, got {distractors!r}")
-    asked = FeatureFile(folder / f"features_{queries}_queries.hdf5", transform)
+    query_file = FeatureFile(folder / f"features_{queries}_queries.hdf5", transform)
     blocks = [FeatureFile(path, transform) for path in _feature_files(folder, distractors)]
     if distractors == "mini":
         keys = read_ids(folder / "image_ids/mini_ilias_yfcc100m_ids.txt")
         blocks[1:] = [block.select(np.array([name.rpartition("/")[2] in keys for name in block.ids], bool)) for block in blocks[1:]]
     blocks = [block for block in blocks if len(block)]
-    benchmark = RetrievalSet(folder.resolve().name, folder, _query_table(folder, asked.ids), _feature_gallery(folder, blocks))
-    return IliasFeatures(benchmark, asked[:][:, 0].astype(np.float32), blocks)
+    benchmark = RetrievalSet(folder.resolve().name, folder, _query_table(folder, query_file.ids), _feature_gallery(folder, blocks))
+    return IliasFeatures(benchmark, query_file[:][:, 0].astype(np.float32), blocks)
 
 
 def _query_table(folder: Path, ids: list[str]) -> pd.DataFrame:

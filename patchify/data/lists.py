@@ -122,14 +122,13 @@ def read_records(
     columns: Sequence[str],  # that are needed
 ) -> Iterator[tuple[int, list[str]]]:  # (line number, the named columns)
     "Columns of a csv file. Raises ValueError naming the missing column, or the line that is too short."
-    lines = iter(text for _, text in read_lines(path))
-    reader = csv.reader(lines)
-    header = next(reader, [])
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}, only {', '.join(header) or 'an empty first line'}")
-    places = [header.index(column) for column in columns]
+    reader = csv.reader(text for _, text in read_lines(path))
     try:
+        header = next(reader, [])
+        missing = [column for column in columns if column not in header]
+        if missing:
+            raise ValueError(f"{path}: no column {missing[0]!r}, only {', '.join(header) or 'an empty first line'}")
+        places = [header.index(column) for column in columns]
         for values in reader:
             if len(values) != len(header):
                 raise ValueError(f"{path}, line {reader.line_num}: expected {len(header)} columns, got {len(values)}")

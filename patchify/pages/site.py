@@ -132,6 +132,8 @@ def _finding_first(body: str) -> str:
         found = re.findall(pattern, body, re.S)
         body = re.sub(pattern, "", body, flags=re.S)
         moved += found
+    opening = "<details class=code><summary>Code</summary>"
+    body = re.sub(rf"(</pre>)</details>\s*{opening}", r"\1", body)  # cells that have become neighbours
     head = re.match(r"\s*(?:<h1.*?</h1>\s*)?(?:<blockquote>.*?</blockquote>)?", body, re.S)[0]
     return head + "".join(moved) + body[len(head) :]
 
