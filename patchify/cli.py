@@ -69,9 +69,9 @@ def main(
     "Run one command line."
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        signal.signal(signal.SIGTERM, _on_terminate)
+        before = signal.signal(signal.SIGTERM, _on_terminate)
     except ValueError:
-        pass  # not in the main thread: signals are handled elsewhere
+        before = None  # not in the main thread: signals are handled elsewhere
     try:
         app(arguments)
     except SystemExit as end:
@@ -79,6 +79,9 @@ def main(
     except KeyboardInterrupt:
         print("\npatchify: interrupted", file=sys.stderr)
         return 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -218,6 +221,9 @@ def evaluate(
     ] = -1,
     rescore: Annotated[int, typer.Option(help="pq, ivfpq: rescore the first images with exact descriptors")] = 0,
     rerank: Annotated[Optional[str], typer.Option(help=f"re-rank the first images: {', '.join(RERANKERS)}")] = None,
+    rerank_top_k: Annotated[
+        Optional[int], typer.Option(min=1, help="images re-ranked; LOCORE slides a window over long lists")
+    ] = None,
     protocol: Annotated[Optional[str], typer.Option(help="how to evaluate; default: the data set's protocol")] = None,
     device: Device = None,
     data: Data = Path("data"),
@@ -231,6 +237,8 @@ def evaluate(
     _check_choice("--index", index, INDEXES)
     if rerank:
         _check_choice("--rerank", rerank, RERANKERS)
+    elif rerank_top_k:
+        raise ValueError("--rerank-top-k needs --rerank")
     _check_target("--json", json_file)
     _check_target("--export", export, ".pkl", ".json")
     from patchify.boxes import Regions
@@ -244,7 +252,7 @@ def evaluate(
     scheme = Regions(regions, level)
     settings = _index_settings(index, m, nbits, nlist, nprobe, metric, train_level)
     encoder = load_encoder(backbone, checkpoint, random_weights, device, size=size)
-    reranker = Reranker.load(rerank, encoder, data) if rerank else None
+    reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     benchmark = load(dataset, data)
     if protocol:
         benchmark = benchmark.under(protocol)
@@ -264,6 +272,7 @@ def evaluate(
         index=index,
         rescore=rescore,
         rerank=rerank,
+        rerank_top_k=rerank_top_k,
     )
     print(_summary(run.described.benchmark.name, found))
     if json_file:

@@ -117,7 +117,7 @@ class Retrieval:
         return locscores(self.ranks, b.positives, self.overlaps, tau, weight, b.junk, k=1000)
 
     def measure(self) -> pd.DataFrame:
-        "One row per query: id, ap, locscore_iou, locscore_hit (threshold 0.4), mp@k, r@k; fractions, NaN where unknown."
+        "One row per query: id, ap, locscore_iou, locscore_hit (threshold 0.4), mp@k, r@k; NaN where unknown."
         table = self.ranking.measure()
         table.insert(2, "locscore_iou", self.locscores())
         table.insert(3, "locscore_hit", self.locscores(weight="hit"))
@@ -131,7 +131,7 @@ def rank(
     index: Callable[[list[np.ndarray], np.ndarray], ImageIndex] = ExactIndex,  # (blocks, gallery rows) -> index
     rescore_top: int = 0,  # images per query that are scored again with their exact descriptors; 0: none
 ) -> Retrieval:
-    "Rank the gallery for every query: a `Described` -> a `Retrieval`, by exact search or with the index that `index` builds."
+    "Rank the gallery for every query, exactly or with the index that `index` builds: Described -> Retrieval."
     levels = described.regions.levels
     requested = level if only is None else only
     if requested is not None and requested not in levels:
@@ -163,7 +163,7 @@ def _largest_share(truth: np.ndarray, regions: np.ndarray) -> float:
 def winners(
     run: Retrieval,
 ) -> pd.DataFrame:  # query, image (gallery row), place, level, iou, best_iou, scale
-    "The winning patch on every listed positive. `scale` is the share of the image that the largest ground-truth box covers."
+    "The winning patch on every listed positive. `scale` is the largest ground-truth box's share of the image."
     b = run.described.benchmark
     levels = run.described.regions.levels[run.patch_rows]
     rows = []
@@ -191,9 +191,10 @@ def metrics_dict(
     report = protocol_report(run.ranking)
     report |= {column: _percent(summarize(table[column], 1).mean) for column in ("locscore_iou", "locscore_hit")}
     report |= {"gallery": n_gallery, "patches": run.patches, "bytes_per_image": run.bytes_per_image}
+    without_box = table["ap"].notna() & table["locscore_iou"].isna()
     report["left_out"] = {
         "without positives": int(table["ap"].isna().sum()),
-        "of LocScore, because no ground-truth box is known": int((table["ap"].notna() & table["locscore_iou"].isna()).sum()),
+        "of LocScore, because no ground-truth box is known": int(without_box.sum()),
         "unreadable queries": run.described.unreadable,
         "unreadable gallery images": n_gallery - len(gallery),
     }
@@ -211,5 +212,6 @@ def _under(run: Retrieval, protocol: str | Protocol) -> Retrieval:
     benchmark = run.described.benchmark.under(protocol)
     full = run.result.ranks.shape[1] >= len(run.described.gallery)
     if not full and run.places is None and benchmark.protocol.depth is None:
-        raise ValueError(f"protocol {benchmark.protocol.name!r} reads whole rankings: choose it before ranking, with `under`")
+        name = benchmark.protocol.name
+        raise ValueError(f"protocol {name!r} reads whole rankings: choose it before ranking, with `under`")
     return replace(run, described=replace(run.described, benchmark=benchmark))

@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from .boxes import Regions
-from .files import atomic_write, cache_key, checksum
-from .images import open_image
+from .files import atomic_write, cache_key, checksum, file_checksum
+from .images import open_image, split_member
 from .pyramid import cut_patches, placement, pool_regions
 from .store import (FAILURE_COLUMNS, FORMAT, SHARD_COLUMNS, DamagedStore, Store, map_descriptors, read_manifest,
                             read_patches, shard_files, write_manifest, write_shard)
@@ -75,12 +75,12 @@ def _list_hash(table: pd.DataFrame, root: str | Path) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(table), 10_000):
         part = table.iloc[start : start + 10_000]
-        split = [path.partition("::") for path in part["path"]]
-        files = list(dict.fromkeys(os.path.join(root, file) for file, _, _ in split))
+        split = [split_member(os.path.join(root, path)) for path in part["path"]]
+        files = list(dict.fromkeys(file for file, _ in split))
         stats = dict(zip(files, _file_stats(files)))
-        for image_id, (file, _, member), box in zip(part["id"], split, part["box"]):
+        for image_id, (file, member), box in zip(part["id"], split, part["box"]):
             corners = None if box is None else [float(value) for value in box]
-            digest.update(json.dumps([image_id, member, corners, stats[os.path.join(root, file)]]).encode())
+            digest.update(json.dumps([image_id, member, corners, stats[file]]).encode())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/core/05b_extraction.ipynb #c012
@@ -227,6 +227,29 @@ def _only_writer(out: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+class _Progress(tqdm):
+    "A progress bar; without a terminal, a line every 30 seconds instead."
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.length = options["total"]  # tqdm keeps neither when it is disabled
+        self.start = options["initial"]
+        self.started = self.reported = time.monotonic()
+        self.done = 0
+
+    def update(self, n: int = 1) -> None:
+        super().update(n)
+        self.done += n
+        now = time.monotonic()
+        if self.disable and now - self.reported >= 30:
+            self.reported = now
+            rate = self.done / (now - self.started)
+            position = self.start + self.done
+            left = (self.length - position) / rate
+            line = f"{position} of {self.length} images, {rate:.3g} per second, about {left / 60:.0f} minutes left"
+            print(line, file=sys.stderr, flush=True)
+
+
 _OWN_FILES = re.compile(
     r"descriptors-\d+\.npy|patches-\d+\.parquet|(shards|failures)\.csv|manifest\.json|\.lock|\..*\.tmp")
 
@@ -366,7 +389,7 @@ class Extraction:
             return _cut_image(os.path.join(self.root, files[row]), boxes[row], self.encoder, self.regions)
 
         pool = ThreadPoolExecutor(workers)
-        bar = tqdm(total=len(self.table), initial=len(self.table) - remaining, unit="image", disable=None)
+        bar = _Progress(total=len(self.table), initial=len(self.table) - remaining, unit="image", disable=None)
         try:
             depth = workers + max(1, batch // self.regions.count)
             cuts = _ahead(pool, cut, chain.from_iterable(rows.values()), depth)
@@ -400,11 +423,11 @@ class Extraction:
         for shard in self.shards:
             descriptors_path, patches_path = shard_files(self.out, shard)
             table, about = read_patches(patches_path)
-            content = patches_path.read_bytes()
             images = len(table) // self.regions.count
             if images:
                 dim = map_descriptors(descriptors_path, None).shape[1]
-            shards.append((images, about["bytes"], about["descriptors"], len(content), checksum(content)))
+            shards.append((images, about["bytes"], about["descriptors"],
+                           patches_path.stat().st_size, file_checksum(patches_path)))
             failures += about["failures"]
         tables = {}
         contents = {"shards.csv": pd.DataFrame(shards, columns=SHARD_COLUMNS),

@@ -16,7 +16,7 @@ from .statistics import summarize
 
 # %% ../nbs/core/14_groups.ipynb #c008
 def by_group(
-    metric: Callable,  # (positives, junk) -> (Q,) values, for example lambda p, j: average_precisions(ranks, p, j, k=1000)
+    metric: Callable,  # (positives, junk) -> (Q,) values: lambda p, j: average_precisions(ranks, p, j, k=1000)
     groups: Mapping,  # name -> (positives, junk), such as `split_positives` or `RetrievalSet.truths` give
     n: int = 1000,  # resamples of the interval
     seed: int = 0,  # of the resampling
@@ -26,8 +26,9 @@ def by_group(
     return pd.DataFrame(rows)
 
 # %% ../nbs/core/14_groups.ipynb #c011
-SCALE_EDGES = (0, 0.06880213760855043, 0.13526567164179104, 0.2729876723163842, np.inf)  # share of the image area, ILIAS
-CLUTTER_EDGES = (0, 18, 33, 53, np.inf)  # objects in the image, ILIAS
+# ILIAS's bounds: share of the image area, and objects in the image.
+SCALE_EDGES = (0, 0.06880213760855043, 0.13526567164179104, 0.2729876723163842, np.inf)
+CLUTTER_EDGES = (0, 18, 33, 53, np.inf)
 
 
 def split_positives(

@@ -42,7 +42,7 @@ def location_overlaps(
     patch_boxes: Callable | Mapping | Sequence,  # gallery index -> (P, 4) xyxy pixels of the image's patches
     truth_boxes: Callable | Mapping | Sequence,  # gallery index -> (n, 4) xyxy pixels of the object
     junk: Sequence | None = None,  # Q arrays of gallery indices to remove from the lists
-) -> list[np.ndarray]:  # Q arrays (m,) float32, aligned with `positions`; NaN where patch or ground-truth box is unknown
+) -> list[np.ndarray]:  # Q arrays (m,) float32, aligned with `positions`; NaN where patch or object box is unknown
     "IoU of the winning patch with the best ground-truth box, at each retrieved positive of each query."
     if np.shape(patch_ids) != np.shape(ranks):
         raise ValueError(f"patch_ids must have the shape of ranks {np.shape(ranks)}, got {np.shape(patch_ids)}")

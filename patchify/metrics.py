@@ -28,7 +28,8 @@ def list_columns(
     images, times = np.unique(ranks[columns], return_counts=True)
     if len(images) < len(columns):
         repeated = images[times > 1][0]
-        raise ValueError(f"ranks lists gallery image {repeated} more than once: group patches by image before measuring")
+        remedy = "group patches by image before measuring"
+        raise ValueError(f"ranks lists gallery image {repeated} more than once: {remedy}")
     return np.cumsum(counted)[columns] - 1, columns
 
 
@@ -77,7 +78,7 @@ def ap_trapezoid(
     n_positives: int,  # positives of the query, retrieved or not
     k: int | None = None,  # ranks that are read, None = all
 ) -> float:  # in [0, 1], NaN without positives
-    "Area under trapezoids of the precision-recall curve: the AP of the revisited Oxford and Paris protocol (revisitop)."
+    "Area under trapezoids of the precision-recall curve: the AP of ROxf and RPar (revisitop)."
     found, reachable = read_first(positions, n_positives, k)
     before = np.arange(len(found))
     precision_before = np.divide(before, found, out=np.ones(len(found)), where=found > 0)
@@ -145,7 +146,8 @@ def average_precisions(
 def _ilias_precisions(ranks, positives, junk, k, scores) -> np.ndarray:
     "AP of every query by ILIAS's evaluator: (Q,)."
     if np.shape(scores) != np.shape(ranks):
-        raise ValueError(f"variant 'ilias' needs scores of the shape of ranks {np.shape(ranks)}, got {np.shape(scores)}")
+        shapes = f"of ranks {np.shape(ranks)}, got {np.shape(scores)}"
+        raise ValueError(f"variant 'ilias' needs scores of the shape {shapes}")
     values = []
     for (row, wanted, removed), similarities in zip(each_query(ranks, positives, junk), np.asarray(scores)):
         counted = _counted(row, removed)

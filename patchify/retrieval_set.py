@@ -18,7 +18,7 @@ import pandas as pd
 
 from .files import suggest
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c006
+# %% ../nbs/core/02_retrieval_set.ipynb #c008
 @dataclass(frozen=True)
 class Protocol:
     "How the rankings of a data set are scored."
@@ -48,7 +48,7 @@ PROTOCOLS = {
     )
 }
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c009
+# %% ../nbs/core/02_retrieval_set.ipynb #c011
 # setup -> columns that count as positives, columns that are removed from the ranking. Radenović et al., CVPR 2018
 _SETUP_COLUMNS = {
     "easy": (("easy",), ("hard", "junk")),
@@ -71,20 +71,22 @@ def revisited_setups(
     "The three readings of the ground truth of ROxford and RParis."
     lists = {"easy": easy, "hard": hard, "junk": junk}
     if not len(easy) == len(hard) == len(junk):
-        raise ValueError(f"easy, hard and junk must describe the same queries, got {len(easy)}, {len(hard)} and {len(junk)}")
+        counts = f"{len(easy)}, {len(hard)} and {len(junk)}"
+        raise ValueError(f"easy, hard and junk must describe the same queries, got {counts}")
     setups = {}
     for setup, (counted, removed) in _SETUP_COLUMNS.items():
         setups[setup] = (_union([lists[name] for name in counted]), _union([lists[name] for name in removed]))
     return setups
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c013
+# %% ../nbs/core/02_retrieval_set.ipynb #c015
 @dataclass(frozen=True)
 class RetrievalSet:
     "Queries, a gallery, the ground truth between them, and the protocol that scores a ranking."
     name: str  # short name for reports
     root: Path  # folder that the paths are relative to
     # id, path, box (float32 (4,) xyxy or None), instance, category, subcategory (None where unknown);
-    # and, where the truth is listed per query: positives and junk, or easy, hard and junk (gallery rows); usage (Public, Private)
+    # and, where the truth is listed per query, gallery rows: positives and junk, or easy, hard and junk
+    # and usage (Public or Private)
     queries: pd.DataFrame
     # id, path, boxes (float32 (n, 4) xyxy), instance (None for a distractor), scale, clutter (NaN where unknown)
     gallery: pd.DataFrame
@@ -108,7 +110,8 @@ class RetrievalSet:
         if setups & {"public", "private"}:
             needed = {"usage"}
         if missing := sorted(needed - set(self.queries)):
-            raise ValueError(f"protocol {self.protocol.name!r} does not fit {self.name}: its queries have no {', '.join(missing)}")
+            columns = ", ".join(missing)
+            raise ValueError(f"protocol {self.protocol.name!r} does not fit {self.name}: its queries have no {columns}")
 
     @cached_property
     def truths(self) -> dict[str, tuple[list, list]]:
@@ -175,7 +178,7 @@ class RetrievalSet:
             counts += f", {distractors} of them distractors"
         return f"RetrievalSet({self.name!r}: {counts}; protocol {self.protocol.name})"
 
-# %% ../nbs/core/02_retrieval_set.ipynb #c021
+# %% ../nbs/core/02_retrieval_set.ipynb #c023
 def class_retrieval(
     labels: Sequence,  # (N,) class of each image
     protocol: str | Protocol = "classes",  # how its rankings are scored

@@ -92,7 +92,7 @@ def best_patches(
 
 # %% ../nbs/core/06_search.ipynb #c021
 Part = tuple[torch.Tensor, torch.Tensor]  # image scores (Q, b) and winning patches (Q, b) of the next b images
-PENDING = 2**20  # scores, of all queries together, that may wait beside the k best before the list is cut again
+PENDING = 2**20  # scores, of all queries together, that wait beside the k best before they are sorted
 
 
 def _best_columns(scores: torch.Tensor, k: int | None) -> torch.Tensor:  # (Q, min(k, b)) int64
@@ -110,9 +110,17 @@ def _best_columns(scores: torch.Tensor, k: int | None) -> torch.Tensor:  # (Q, m
 
 def _keep_top(parts: list, k: int | None) -> tuple[torch.Tensor, ...]:
     "The k best of (scores, images, patches) tables laid side by side, equal scores in their order of arrival."
-    scores, images, patches = (torch.cat(tables, dim=1) for tables in zip(*parts))
-    order = _best_columns(scores, k)
-    return scores.gather(1, order), images.gather(1, order), patches.gather(1, order)
+    width = sum(scores.shape[1] for scores, _, _ in parts)
+    step = len(parts[0][0]) if parts[0][0].is_cuda else max(1, PENDING // width)
+    kept = []
+    for first in range(0, len(parts[0][0]), step):  # few queries at a time, so that the tables to sort stay small
+        queries = slice(first, first + step)
+        scores = torch.cat([part[0][queries] for part in parts], dim=1)
+        images = torch.cat([part[1][queries] for part in parts], dim=1)
+        patches = torch.cat([part[2][queries] for part in parts], dim=1)
+        order = _best_columns(scores, k)
+        kept.append((scores.gather(1, order), images.gather(1, order), patches.gather(1, order)))
+    return tuple(torch.cat(tables) for tables in zip(*kept))
 
 
 def rank_images(

@@ -13,7 +13,7 @@ from torch import nn
 
 from patchify.descriptors.raml import OneCyclePlan, PRESETS, Preset, absolute_loss, distillation_loss, distillation_step
 from patchify.descriptors.raml import relational_loss
-from patchify.descriptors.students import Student, compare_students, query_cost
+from patchify.descriptors.students import Student, compare_students, evaluate_asymmetric, query_cost
 from patchify.descriptors.triplets import batch_positives, sample_negatives, triplet_loss, triplet_step
 from patchify.descriptors.views import CoupledViews, centre_view, draw_views, mix_views, parallel_map, render_views, view_loader
 from patchify.images import open_image as open_file
@@ -22,6 +22,7 @@ from patchify.encoder import Encoder
 from patchify.descriptors.network import DescriptorNet, FeatureMap
 from patchify.descriptors.pooling import PoolHead
 from patchify.learn import TrainingPlan, train
+from patchify.scoring import evaluate_descriptors
 
 
 def vectors(*shape, seed=0):
@@ -369,6 +370,18 @@ def test_a_student_is_a_trainable_copy_and_leaves_its_teacher_alone():
     assert torch.equal(teacher(images), reference) and not torch.allclose(student(images).detach(), reference, atol=1e-4)
     frozen = student.as_encoder(torch.float32)
     assert frozen.size == 32 and frozen.dim == teacher.dim and frozen.fingerprint != before and not frozen.model.training
+
+
+def test_asymmetric_evaluation_is_that_of_the_centre_views(tmp_path):
+    benchmark = load_cub(birds(tmp_path / "CUB_200_2011")).retrieval()
+    student, teacher = Head(), Head()
+    report = evaluate_asymmetric(student, teacher, benchmark, 8, 16, batch=4)
+    images = [open_file(benchmark.file(path)) for path in benchmark.queries["path"]]
+    sides = []
+    for net, size in ((student, 8), (teacher, 16)):
+        views = torch.stack([centre_view(image, size) for image in images])
+        sides.append(F.normalize(net(views)).detach().numpy())
+    assert report == evaluate_descriptors(benchmark, *sides) and report["queries"] == len(images) == 6
 
 
 def test_students_of_other_architectures_are_compared_by_cost():

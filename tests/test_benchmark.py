@@ -93,6 +93,40 @@ def test_files_of_other_endings_are_counted_once(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [f"left out of {tmp_path}: 2 .heic, 1 .mov, 1 without an ending (no image files that are read here)"]
 
 
+def test_broken_and_hostile_tars_are_left_out_or_fail_alone(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for name, size in (("good.jpg", None), ("large.jpg", 3000)):
+            content = picture() if size is None else bytes(size)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        sparse = tarfile.TarInfo("sparse.jpg")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(sparse)
+    monkeypatch.setattr("patchify.images.MAX_MEMBER_BYTES", 2000)
+    assert [path for _, path in find_images(tmp_path)] == ["b.tar::good.jpg", "b.tar::large.jpg"]
+    assert "left out" in (said := capsys.readouterr().err) and "a.tar" in said
+    assert open_image(tmp_path / "b.tar::good.jpg").size == (40, 30)
+    with pytest.raises(ValueError, match="large.jpg: it has 3000 bytes, more than the limit"):
+        open_image(tmp_path / "b.tar::large.jpg")
+
+
+def test_the_pixel_limit_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(picture(100, 100))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(ValueError, match=r"a\.jpg: it has more than \d+ pixels, set PATCHIFY_MAX_PIXELS"):
+        open_image(tmp_path / "a.jpg")
+
+
+def test_a_plain_file_may_have_two_colons_in_its_name(tmp_path):
+    (tmp_path / "a::b.jpg").write_bytes(picture())
+    (found,) = find_images(tmp_path)
+    assert open_image(tmp_path / found[1]).size == (40, 30)
+    with pytest.raises(ValueError, match="is a file"):
+        list(find_images(tmp_path / "a::b.jpg"))
+
+
 def test_a_query_without_positives_stays_and_has_none(core):
     (core / "ilias_core/cup_000/pos/P000_00.jpg").unlink()
     assert [p.tolist() for p in load_ilias(core).positives] == [[0], []]

@@ -48,7 +48,7 @@ def test_every_task_is_registered():
 
 
 @pytest.mark.parametrize("file, text, message", [
-    ("image_class_labels.txt", "1 1\n", "image 2 has no class"),
+    ("image_class_labels.txt", "1 1\n", "images.txt: image '2' has no class in image_class_labels.txt"),
     ("image_class_labels.txt", "1 one\n", "image_class_labels.txt, line 1: expected a number, got 'one'"),
     ("image_class_labels.txt", "1 1\n1 2\n", "line 2: '1' is listed twice, first in line 1"),
     ("bounding_boxes.txt", "1 2 3\n", "bounding_boxes.txt, line 1: expected 5 fields"),

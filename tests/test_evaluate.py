@@ -51,3 +51,24 @@ def test_a_level_that_is_not_there_is_refused(described, level):
 
 def test_what_is_returned_fits_on_a_line(described):
     assert len(repr(rank(described))) < 300 and "\n" not in repr(rank(described))
+
+
+def test_a_landmark_set_is_reported_by_its_own_protocol(tmp_path):
+    "Images in, Easy, Medium and Hard out; no LocScore, because there are no ground-truth boxes."
+    from test_revisited import make
+    task = load(f"rparis6k:{make(tmp_path / 'rparis6k')}")
+    run = rank(describe(task, load_encoder("mini", device="cpu"), Regions("pyramid", 1), tmp_path / "stores"))
+    report = metrics_dict(run)
+    assert report["score"] == "mAP Medium" and report["map"] == report["medium"] and {"easy", "hard", "mp@1", "mp@k"} <= report.keys()
+    assert report["locscore_iou"] is None and metrics_dict(run, "hard")["map"] == report["hard"]
+    with pytest.raises(ValueError, match="protocol 'gldv2' does not fit rparis6k"):
+        metrics_dict(run, "gldv2")
+
+
+def test_another_protocol_needs_lists_that_are_long_enough(described):
+    run = rank(described)
+    assert metrics_dict(run, "classes")["r@k"].keys() == {"1", "2", "4", "8"}
+    short = replace(run, result=replace(run.result, **{name: getattr(run.result, name)[:, :5] for name in ("scores", "ranks", "patch_ids")}))
+    assert metrics_dict(short)["map"] is not None
+    with pytest.raises(ValueError, match="protocol 'classes' reads whole rankings"):
+        metrics_dict(short, "classes")

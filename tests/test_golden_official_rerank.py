@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from patchify.metrics import average_precisions
 from patchify.rerank.elvis import ELViS, ElvisScorer
 from patchify.rerank.evaluation import GroundTruth, _published, load_reranker, published_settings, rerank_files
-from patchify.rerank.official import DescriptorFile, read_shortlist
+from patchify.rerank.official import DescriptorFile, read_listed_images, read_shortlist
 from patchify.rerank.shortlist import move_junk_last
 
 pytest.importorskip("h5py")
@@ -105,6 +105,24 @@ def test_elvis(tmp_path):
     assert report.settings.system == "ELViS" and report.raw["hard"].shape == report.ranks["hard"].shape
 
 
+def test_locore_misses_its_global_descriptors(tmp_path):
+    pytest.importorskip("transformers")
+    from patchify.rerank.locore import LOCORE
+
+    model = LOCORE(768, 768, dim=64, layers=1, heads=1, hidden=32, max_positions=514)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for side in ("query", "gallery"):
+        shutil.copy(ROXFORD / f"dinov2_{side}_local.hdf5", tmp_path)
+    paths = (tmp_path / "dinov2_gallery_local.hdf5", ROXFORD / "nn_superglobal.pkl", ROXFORD / "gnd_roxford5k.pkl")
+    with pytest.raises(ValueError, match="no dinov2_gallery_global.pt beside"):
+        rerank_files(tmp_path / "model.safetensors", *paths)
+    report = rerank_files(tmp_path / "model.safetensors", *paths, without_globals=True, query_top=4, gallery_top=4)
+    assert len(report.table)
+    shutil.copy(ROXFORD / "dinov2_query_global.pt", tmp_path)
+    with pytest.raises(ValueError, match="only one side"):
+        rerank_files(tmp_path / "model.safetensors", *paths)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_locore(tmp_path, window):
     "A small LOCORE in the released file format; global descriptors are found beside the local ones."
@@ -133,25 +151,25 @@ def test_locore(tmp_path, window):
 
 def test_products(tmp_path):
     "Queries are the gallery; the self match does not count."
-    report = products(tmp_path, rows=None)
-    assert report.dataset == "sop" and set(report.table.metric) >= {"R@1", "mAP"}
-    assert value(report, "all", "R@1", "first stage") == pytest.approx(100 * 1 / 2)
-
-
-def products(folder, rows):
     import h5py
 
-    model = ELViS(local_dim=8, model_dim=16)
-    torch.manual_seed(0)
-    torch.save({"state": model.state_dict()}, folder / "elvis.pt")
-    (folder / "sop").mkdir()
-    shutil.copy(DATA / "sop/test_query.txt", folder / "sop")
-    table = np.zeros((3, 4, 13), np.float32)
-    table[..., 5:] = np.random.default_rng(0).normal(size=(3, 4, 8))
-    with h5py.File(folder / "sop/dinov2_gallery_local.hdf5", "w") as file:
+    folder = tmp_path / "sop"
+    folder.mkdir()
+    shutil.copy(DATA / "sop/test_query.txt", folder)
+    labels = read_listed_images(folder / "test_query.txt")["label"].tolist()
+    torch.save({"state": ELViS(local_dim=8, model_dim=16).state_dict()}, tmp_path / "elvis.pt")
+    table = np.zeros((len(labels), 4, 13), np.float32)
+    table[..., 5:] = np.random.default_rng(0).normal(size=(len(labels), 4, 8))
+    with h5py.File(folder / "dinov2_gallery_local.hdf5", "w") as file:
         file["features"] = table
-    file = DATA / "sop/nn_dinov2.pkl"
-    return rerank_files(folder / "elvis.pt", folder / "sop/dinov2_gallery_local.hdf5", file, folder / "sop/test_query.txt")
+    shortlist = DATA / "sop/nn_dinov2.pkl"
+    report = rerank_files(tmp_path / "elvis.pt", folder / "dinov2_gallery_local.hdf5", shortlist, folder / "test_query.txt")
+    assert report.dataset == "sop" and set(report.table.metric) >= {"R@1", "mAP"}
+    hits = []
+    for query, ids in enumerate(read_shortlist(shortlist).ranks.tolist()):
+        if labels.count(labels[query]) > 1:
+            hits.append(labels[next(i for i in ids if i != query)] == labels[query])
+    assert value(report, "all", "R@1", "first stage") == pytest.approx(100 * np.mean(hits))
 
 
 def test_renumbered_shortlists_read_their_rows(tmp_path):
@@ -208,12 +226,14 @@ def test_files_that_do_not_belong_together_are_named(checkpoint, tmp_path):
     cases = [
         ((paths[0], paths[1], DATA / "gldv2/gnd_gldv2-test.pkl"), {"lambda_": 1}, "unknown setting 'lambda_'"),
         ((DATA / "revisitop1m/dinov2_local.hdf5", paths[1], paths[2]), {}, "no query descriptors beside .*dinov2_local.hdf5"),
-        ((paths[0], DATA / "gldv2/nn_dinov2.pkl", paths[2]), {}, "nn_dinov2.pkl covers 9 queries"),
-        ((paths[0], DATA / "roxford5k+1m/nn_superglobal.pkl", paths[2]), {}, "nn_superglobal.pkl names image 12"),
+        ((paths[0], DATA / "gldv2/nn_dinov2.pkl", paths[2]), {}, "nn_dinov2.pkl covers .* queries"),
+        ((paths[0], DATA / "roxford5k+1m/nn_superglobal.pkl", paths[2]), {}, "nn_superglobal.pkl names image"),
         ((paths[0], paths[2], paths[2]), {}, "gnd_roxford5k.pkl must hold an array"),
         ((paths[0], paths[1], paths[1]), {}, "nn_superglobal.pkl must hold a dictionary"),
-        ((DATA / "elvis/dinov2_bits_local.hdf5", paths[1], paths[2]), {"queries": ROXFORD / "dinov2_query_local.hdf5"}, "names image"),
+        ((DATA / "elvis/dinov2_gallery_local.hdf5", paths[1], paths[2]), {"queries": ROXFORD / "dinov2_query_local.hdf5"}, "names image"),
     ]
+    cases.append(((tmp_path / "cvnet_gallery_local.npy", paths[1], paths[2]), {"queries": tmp_path / "cvnet_gallery_local.npy"}, "of 1024 channels"))
+    np.save(tmp_path / "cvnet_gallery_local.npy", np.zeros((9, 2, 1029), np.float32))
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             rerank_files(checkpoint, *arguments, **options)

@@ -12,6 +12,8 @@ from patchify.descriptors.pooling import GeM, PoolHead, gem, mac, power_law, spo
 from patchify.descriptors.raml import absolute_loss, distillation_loss, relational_loss
 from patchify.descriptors.triplets import batch_positives, triplet_loss
 from patchify.metrics import average_precisions, precision_at, recall_at
+from patchify.retrieval_set import class_retrieval
+from patchify.scoring import evaluate_descriptors
 
 FOLDER = Path(os.environ.get("PATCHIFY_GOLDEN", Path(__file__).parent / "golden"))
 META = json.loads((FOLDER / "raml.json").read_text())
@@ -118,6 +120,10 @@ def test_evaluation(mode, gallery):
     agree(f"eval.{mode}.pr", np.nanmean(precisions, axis=0))
     agree(f"eval.{mode}.apk", [np.nanmean(average_precisions(ranks, positives, junk, k, "trapezoid")) for k in kappas])
     agree(f"eval.{mode}.rec", [np.nanmean(recall_at(ranks, positives, k, junk)) for k in kappas])
+    report = evaluate_descriptors(class_retrieval(labels), queries, gallery)
+    assert report["map"] == pytest.approx(100 * float(ARRAYS[f"eval.{mode}.map"]), abs=1e-3)
+    for k, recall in zip(kappas, ARRAYS[f"eval.{mode}.rec"]):
+        assert str(k) not in report["r@k"] or report["r@k"][str(k)] == pytest.approx(100 * recall, abs=1e-3)
 
 
 def test_every_output_is_covered():

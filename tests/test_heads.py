@@ -13,13 +13,15 @@ from torch import nn
 
 from patchify.retrieval_set import RetrievalSet
 from patchify.data.classes import LabelledSet, load_gldv2_train
-from patchify.descriptors.heads import Classifier, head_descriptors, labelled_crops, open_crop, photo_descriptors
+from patchify.descriptors.heads import Classifier, evaluate_photos, head_descriptors, labelled_crops, open_crop
+from patchify.descriptors.heads import photo_descriptors
 from patchify.descriptors.heads import scale_descriptors, train_head, view_maps
 from patchify.descriptors.network import DescriptorNet, FeatureMap, IMAGE_SCALES
 from patchify.descriptors.pooling import PoolHead
 from patchify.descriptors.token import TokenHead
 from patchify.descriptors.training import image_batches, init_published, published_plan, train_network
 from patchify.learn import TrainingPlan, train
+from patchify.scoring import evaluate_descriptors
 
 
 @pytest.fixture
@@ -193,6 +195,25 @@ def test_photographs_keep_their_shape_and_a_query_its_scale(tmp_path):
     vectors = photo_descriptors(DescriptorNet(backbone, PoolHead(3, 4)), crops, longest=200)
     assert seen == [(100, 200), (141, 282), (70, 141), (50, 100), (70, 141), (35, 70)]     # half of the picture, half of the limit
     assert vectors.shape == (2, 4) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_landmarks_are_evaluated_with_cropped_queries_and_their_protocol(labelled):
+    "Three queries with boxes, six images; easy, hard and junk as ROxford lists them."
+    box = np.array([2, 3, 22, 23], np.float32)
+    paths = [f"{i}.png" for i in range(6)]
+    lists = dict(easy=[[0], [2], [4]], hard=[[1], [3], []], junk=[[5], [], [0]])
+    queries = pd.DataFrame({"id": ["a", "b", "c"], "path": paths[::2], "box": [box] * 3, "instance": list("abc"),
+                            "category": None, "subcategory": None, **lists})
+    gallery = pd.DataFrame({"id": paths, "path": paths, "boxes": [np.empty((0, 4), np.float32)] * 6,
+                            "instance": None, "scale": np.nan, "clutter": np.nan})
+    benchmark = RetrievalSet("tiny landmarks", labelled.root, queries, gallery).under("medium")
+    torch.manual_seed(0)
+    net = DescriptorNet(lambda images: nn.functional.avg_pool2d(images, 4), PoolHead(3, 4))
+    report = evaluate_photos(net, benchmark, longest=32)
+    crops = pd.DataFrame({"file": [str(labelled.root / path) for path in paths[::2]], "box": [box] * 3})
+    whole = pd.DataFrame({"file": [str(labelled.root / path) for path in paths], "box": None})
+    q, g = photo_descriptors(net, crops, 32), photo_descriptors(net, whole, 32)
+    assert report == evaluate_descriptors(benchmark, q, g) and {"easy", "medium", "hard", "mp@k"} <= set(report)
 
 
 def test_scales_are_finished_batch_by_batch(labelled):

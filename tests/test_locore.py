@@ -244,3 +244,45 @@ def test_lists_come_from_the_anchors_and_from_the_depth():
         part, = draw_lists(images, instance, ranks, np.random.default_rng(seed), 1, 6, depth=9, anchors=np.array([4]))[0]
         seen |= {int(np.flatnonzero((images.values == v.numpy()).all((1, 2)))[0]) for v in part.values[1:]}
     assert 6 < len(seen) and seen <= set(ranks[4][:9])
+
+
+def test_short_lists_are_scored_by_themselves():
+    model = LOCORE(**TINY).eval()
+    scorer, ids = LocoreScorer(model, sets(2, 4, seed=1), sets(9, 4, seed=2)), np.array([8, 1, 4, 0, 7])
+    one_by_one = [scorer(0, ids[i:i + 1])[0] for i in range(5)]
+    np.testing.assert_allclose(split_lists(scorer, 1)(0, ids), one_by_one, atol=1e-6)
+    np.testing.assert_allclose(split_lists(scorer, 3)(0, ids), [*scorer(0, ids[:3]), *scorer(0, ids[3:])], atol=1e-6)
+    assert np.array_equal(split_lists(scorer, 5)(0, ids), scorer(0, ids)) and split_lists(scorer, 2)(0, ids[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="length"):
+        split_lists(scorer, 0)
+
+
+def test_every_aggregation_by_hand():
+    inside = torch.tensor([[2.0, -1.0, 3.0]])
+    logits = torch.zeros(1, 2, 4, 2)
+    logits[0, 1, :3, 1] = inside
+    logits[0, 1, 3, 1] = 50                                                        # the separator does not count
+    wanted = {"max-end": 3, "max-start": 2, "max-sum": 4, "max-prod": -6}
+    assert {mode: aggregate(logits, mode).item() for mode in AGGREGATIONS} == wanted
+    odds = torch.sigmoid(inside)
+    torch.testing.assert_close(aggregate(logits, "max-prod", softmax=True), odds.prod(1, keepdim=True))
+
+
+def test_the_published_recipe_has_a_constant_rate(tmp_path):
+    plan = published_plan(1024, batch=64)
+    assert (plan.steps, plan.accumulate, plan.weight_decay) == (12, 4, 0.0)
+    assert {plan.rate(step) for step in range(plan.steps)} == {5e-5}
+    warm = ConstantPlan(steps=10, learning_rate=1.0, warmup=4)
+    assert [warm.rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    with pytest.raises(ValueError, match="divide 256"):
+        published_plan(1024, batch=24)
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    train(module, lambda *_: -module.weight.sum(), ConstantPlan(steps=5, learning_rate=1e-2, weight_decay=0.0), tmp_path / "plan.safetensors")
+    assert module.weight.item() == pytest.approx(5e-2, rel=1e-3)                    # AdamW moves by the rate, five times
+
+
+def test_global_descriptors_of_another_dimension_are_named():
+    model = LOCORE(**TINY, global_dim=5).eval()
+    with pytest.raises(ValueError, match="global descriptors of dimension 5, got 4"):
+        model([sets(3, 2, summary=4).take(np.arange(3))])

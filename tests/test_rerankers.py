@@ -17,6 +17,7 @@ from patchify.compress import PQIndex
 from patchify.encoder import MINI_WEIGHTS, load_encoder
 from patchify.evaluate import describe, rank
 from patchify.rerank.shortlist import rerank
+from patchify.rerank.windows import rerank_windows
 from patchify.zoo import reranker_training
 from patchify.zoo.reranker_training import make_reranker, make_reranking_task, train_ames, train_locore, train_rerankers
 from patchify.zoo.rerankers import (
@@ -95,6 +96,22 @@ def test_the_logits_are_those_of_the_shortlist(encoder, run, data):
     found = replace(Reranker.load("ames_patches", encoder, data), top_k=6)(run, encoder, data)
     read = reranker_scorer(Reranker.load("ames_patches", encoder, data).model, *descriptors_of("ames_patches", run, encoder, data))
     assert np.array_equal(found.logits[2], read(2, np.searchsorted(run.described.gallery.rows, run.result.ranks[2, :6])))
+
+
+def test_a_depth_without_a_re_ranker_is_an_error(command):
+    done = command("evaluate", "--rerank-top-k", 5)
+    assert done.returncode == 2 and "--rerank-top-k needs --rerank" in done.stderr
+
+
+def test_a_list_longer_than_the_model_reads_is_re_ranked_in_windows(encoder, run, data):
+    depth = len(run.result.ranks[0])
+    r = replace(Reranker.load("locore", encoder, data, top_k=depth), window=depth // 2)
+    read, rows = reranker_scorer(r.model, *descriptors_of(r.kind, run, encoder, data)), run.described.gallery.rows
+    sizes = dict(top_k=depth, window=depth // 2, stride=depth // 4)
+    wanted = rerank_windows(run.result, lambda query, ids: read(query, np.searchsorted(rows, ids)), **sizes, global_weight=r.global_weight, gain=r.gain)
+    found = r(run, encoder, data)
+    assert np.array_equal(found.result.ranks, wanted.ranks) and found.logits.shape == (len(run.result.ranks), 0)
+    assert (found.result.ranks != run.result.ranks).any()
 
 
 def test_junk_takes_no_place_in_the_shortlist(encoder, run, data, monkeypatch):

@@ -8,16 +8,22 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from patchify import store as module_store
 from patchify.boxes import REGION_KINDS, Regions
-from patchify.extraction import Extraction, extract
+from patchify.extraction import Extraction, extract, images_per_shard
+from patchify.files import atomic_write
 from patchify.store import DamagedStore, Store, check_store, write_manifest
 
 
@@ -283,6 +289,22 @@ def test_pool_averages_the_feature_map(photos, tmp_path):
     assert store.descriptors()[0].shape == (3, 5, 3) and store.descriptors()[0][1, 0] @ expected > 0.9999
 
 
+def test_pool_ignores_the_padding_of_an_encoder_that_keeps_the_aspect(photos, tmp_path):
+    "A wide image of two colours: its halves are averaged without the border above and below."
+    wide = Image.new("RGB", (64, 16), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 64, 16))
+    wide.save(photos[0])
+    encoder = changed(aspect="pad", padding=(0, 255, 0))
+    store = extract(photos[:1], encoder, Regions("pool", level=1), tmp_path / "store", dtype="float32")
+    found = store.descriptors()[0][0]
+    assert store.boxes(0)[1].tolist() == [0, 0, 32, 8]
+    middle_rows = torch.tensor([[0.5, -0.5, -0.5], [-0.5, -0.5, 0.5]])
+    green = torch.tensor([-0.5, 0.5, -0.5])
+    for patch, colour in [(1, middle_rows[0]), (2, middle_rows[1])]:
+        cell = (colour + green) / 2  # a row of 4 x 4 cells is 4 pixels: 2 of the image, 2 of the border
+        assert found[patch] @ torch.nn.functional.normalize(cell, dim=0).numpy() > 0.999
+
+
 def test_images_inside_tar_files(photos, tmp_path):
     with tarfile.open(tmp_path / "part.tar", "w") as tar:
         for path in photos[:3]:
@@ -373,6 +395,14 @@ def test_memory_is_bounded_and_threads_end(photos, tmp_path, monkeypatch):
     assert max(most) <= 2 * (2 + 1) + 2 and threading.active_count() == before
 
 
+def test_progress_is_reported_without_a_terminal(photos, tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("patchify.extraction.time.monotonic", lambda: next(clock))
+    extract(photos, Colours(), Regions(level=0), tmp_path / "store")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "per second" in line]
+    assert lines[0] == "2 of 23 images, 0.05 per second, about 7 minutes left" and len(lines) == 11
+
+
 def test_an_error_of_the_encoder_is_not_hidden(photos, tmp_path):
     class Broken(Colours):
         def __call__(self, images):
@@ -389,3 +419,250 @@ def test_the_manifest_says_what_is_inside(photos, tmp_path):
     assert expected.items() <= store.manifest.items()
     assert store.regions == Regions(level=1)
     assert os.path.getsize(store.path / "descriptors-00000.npy") == 128 + 20 * 5 * 24 * 2
+
+
+def small_store(photos, out):
+    "A store of 2 shards with a failure."
+    return extract(photos[:6], Colours(), Regions(level=1), out, shard_size=3, batch=10)
+
+
+def read_everything(path):
+    "All that a reader can get from a store, or None if damage is reported."
+    try:
+        store = Store.open(path)
+        blocks = [np.array(block) for block in store.descriptors()]
+        boxes = [store.boxes(row) for row in store.rows]
+        return [store.rows.tolist(), store.image_ids, np.concatenate(blocks).tobytes(), np.stack(boxes).tobytes(), store.failures.to_csv()]
+    except DamagedStore as error:
+        assert str(path) in str(error) and str(error).endswith("run the extraction again, it replaces what is damaged")
+        return None
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_byte_is_detected_or_changes_nothing(photos, tmp_path, data):
+    if not (tmp_path / "store").exists():
+        small_store(photos, tmp_path / "store")
+    intact = contents(tmp_path / "store")
+    whole = read_everything(tmp_path / "store")
+    name = data.draw(st.sampled_from(sorted(intact)))
+    position = data.draw(st.integers(0, len(intact[name]) - 1))
+    value = data.draw(st.integers(0, 255))
+    changed_file = bytearray(intact[name])
+    changed_file[position] = value
+    (tmp_path / "store" / name).write_bytes(changed_file)
+    try:
+        assert read_everything(tmp_path / "store") in (None, whole)
+        if bytes(changed_file) != intact[name] and name != "manifest.json":
+            assert len(check_store(tmp_path / "store")) == 1
+            extract(photos[:6], Colours(), Regions(level=1), tmp_path / "store", shard_size=3, batch=10)
+            assert contents(tmp_path / "store") == intact
+    finally:
+        (tmp_path / "store" / name).write_bytes(intact[name])
+
+
+def zeroed(content):
+    return bytes(len(content))
+
+
+def shuffled(content):
+    return bytes(np.random.default_rng(0).permutation(np.frombuffer(content, np.uint8)))
+
+
+def halved(content):
+    return content[: len(content) // 2]
+
+
+def removed(content):
+    return None
+
+
+@pytest.mark.parametrize("damage", [zeroed, shuffled, halved, removed])
+@pytest.mark.parametrize("name", ["descriptors-00000.npy", "patches-00001.parquet", "shards.csv", "failures.csv", "manifest.json"])
+def test_damage_is_named_and_repaired_by_the_same_call(photos, tmp_path, name, damage):
+    store = small_store(photos, tmp_path / "store")
+    intact = contents(store.path)
+    spoilt = damage(intact[name])
+    (store.path / name).unlink()
+    if spoilt is not None:
+        (store.path / name).write_bytes(spoilt)
+    problems = check_store(store.path)
+    assert len(problems) == 1 and (name in problems[0] or "there is no manifest.json" in problems[0])
+    encoder = Colours()
+    extract(photos[:6], encoder, Regions(level=1), store.path, shard_size=3, batch=10)
+    assert contents(store.path) == intact
+    assert len(encoder.shapes) <= 2  # at most one shard is made again
+
+
+def test_exchanged_files_are_detected(photos, tmp_path):
+    store = small_store(photos, tmp_path / "store")
+    intact = contents(store.path)
+    for pattern in ("descriptors-{}.npy", "patches-{}.parquet"):
+        first, second = (store.path / pattern.format(f"{shard:05d}") for shard in (0, 1))
+        first.write_bytes(intact[second.name])
+        second.write_bytes(intact[first.name])
+    assert check_store(store.path)
+    extract(photos[:6], Colours(), Regions(level=1), store.path, shard_size=3, batch=10)
+    assert contents(store.path) == intact
+
+
+def test_an_unfinished_store_recognises_foreign_and_exchanged_shards(photos, tmp_path):
+    job = Extraction.plan(photos[:6], Colours(), Regions(level=1), tmp_path / "a", shard_size=3, batch=10)
+    job.claim()
+    job.write([0, 1])
+    files = contents(job.out)
+    for kind in ("descriptors-0000{}.npy", "patches-0000{}.parquet"):
+        (job.out / kind.format(0)).write_bytes(files[kind.format(1)])
+    assert job.missing() == [0]
+    other = Extraction.plan(photos[:6], changed(fingerprint="9"), Regions(level=1), tmp_path / "b", shard_size=3, batch=10)
+    other.claim()
+    other.write([0])
+    for name, content in contents(other.out).items():
+        (job.out / name).write_bytes(content)
+    (job.out / "manifest.json").write_bytes(files["manifest.json"])
+    assert job.missing() == [0]
+
+
+def test_a_store_without_a_manifest_is_not_taken_over_by_other_settings(photos, tmp_path):
+    store = small_store(photos, tmp_path / "store")
+    (store.path / "manifest.json").unlink()
+    before = contents(store.path)
+    with pytest.raises(ValueError, match="made with other settings"):
+        extract(photos[:6], changed(fingerprint="9"), Regions(level=1), store.path, shard_size=3, batch=10)
+    assert contents(store.path) == before
+
+
+def test_shards_in_any_order_by_several_plans_give_the_same_bytes(photos, tmp_path):
+    whole = extract(photos, Colours(), Regions(level=1), tmp_path / "whole", shard_size=4, batch=10)
+    plans = [Extraction.plan(photos, Colours(), Regions(level=1), tmp_path / "parts", shard_size=4, batch=10) for _ in range(3)]
+    plans[0].claim()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda part: plans[part].write(range(5, -1, -1)[part::3]), range(3)))
+    plans[1].finish()
+    assert contents(tmp_path / "parts") == contents(whole.path)
+
+
+def test_a_second_writer_is_told_who_writes(photos, tmp_path):
+    class Waiting(Colours):
+        def __call__(self, images):
+            started.set()
+            go_on.wait(30)
+            return super().__call__(images)
+
+    started = threading.Event()
+    go_on = threading.Event()
+    call = dict(regions=Regions(level=0), out=tmp_path / "store")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(extract, photos, Waiting(), **call)
+        assert started.wait(30)
+        try:
+            with pytest.raises(ValueError, match=f"is being written by process {os.getpid()}: wait"):
+                extract(photos, Colours(), **call)
+        finally:
+            go_on.set()
+        assert len(first.result()) == 20
+    assert not (tmp_path / "store/.lock").exists() and len(extract(photos, Colours(), **call)) == 20
+
+
+def test_descriptors_that_are_not_finite_are_failures(photos, tmp_path):
+    class Sometimes(Colours):
+        def __call__(self, images):
+            found = super().__call__(images)
+            return torch.where(found[:, :1] > 0, found, torch.nan)
+
+    store = extract(photos, Sometimes(), Regions(level=0), tmp_path / "store")
+    assert 0 < len(store) < 20 and all(np.isfinite(block).all() for block in store.descriptors())
+    assert "the encoder returned NaN or infinity" in set(store.failures["reason"])
+
+
+def test_shards_are_bounded_in_bytes_and_opened_lazily(photos, tmp_path, monkeypatch):
+    assert images_per_shard(10**8, 30 * 1024 * 2) * 30 * 1024 * 2 <= 2**26
+    assert images_per_shard(10**8, 10**9) == 1 and images_per_shard(150, 60) == 64
+    store = Store.open(extract(photos, Colours(), Regions(level=0), tmp_path / "store", shard_size=1).path)
+    opened = []
+    original = module_store.map_descriptors
+    monkeypatch.setattr(module_store, "map_descriptors", lambda path, *options: opened.append(path.name) or original(path, *options))
+    blocks = store.descriptors()
+    assert len(blocks) == 20 and blocks.shapes == [(1, 1, 24)] * 20 and not opened
+    assert blocks[3].shape == (1, 1, 24) and opened == ["descriptors-00003.npy"]
+    assert [block.shape for block in blocks[-2:]] == [(1, 1, 24)] * 2 and len(opened) == 3
+
+
+def test_a_shard_is_verified_once_per_store(photos, tmp_path, monkeypatch):
+    path = small_store(photos, tmp_path / "store").path
+    verified = []
+    original = module_store.file_checksum
+    monkeypatch.setattr(module_store, "file_checksum", lambda path: verified.append(1) or original(path))
+    store = Store.open(path)
+    for _ in range(3):
+        list(store.descriptors())
+    assert len(verified) == 2
+    again = small_store(photos, path)
+    assert len(verified) == 4  # by `extract`
+    list(again.descriptors())
+    assert len(verified) == 4
+
+
+def test_names_that_look_like_missing_values_stay(photos, tmp_path):
+    for name in ("NA", "null"):
+        (tmp_path / name).write_bytes(b"")
+    store = extract([tmp_path / "NA", photos[0], "null"], Colours(), Regions(level=0), tmp_path / "store")
+    assert store.failures["path"].tolist() == [str(tmp_path / "NA"), "null"]
+
+
+def test_a_complete_store_opens_where_nothing_can_be_written(photos, tmp_path, monkeypatch):
+    path = small_store(photos, tmp_path / "store").path
+    monkeypatch.setattr("patchify.extraction.atomic_write", None)
+    monkeypatch.setattr("patchify.extraction._only_writer", None)
+    monkeypatch.setattr("patchify.extraction.write_manifest", None)
+    assert len(small_store(photos, path)) == 4
+
+
+def test_a_full_disk_names_the_file_and_loses_nothing(photos, tmp_path, monkeypatch):
+    full = OSError("81920 requested and 4032 written")
+    writes = []
+
+    def write_some(file):
+        writes.append(1)
+        raise full
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="cannot write .*table.csv: its disk is full"):
+        atomic_write(tmp_path / "table.csv", write_some)
+    assert writes and not list(tmp_path.glob("*table*"))
+
+
+MILLION = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from patchify.boxes import Regions
+from patchify.extraction import Extraction
+from patchify.files import atomic_write
+from patchify.store import Store, write_shard
+
+class Tiny:
+    name, size, dim, fingerprint, dtype, device, aspect, padding = "tiny", 8, 2, "0", "float32", "cpu", "stretch", None
+
+n, folder, regions = 33_334, Path(sys.argv[1]), Regions(level=3)
+job = Extraction.plan([f"{i}.jpg" for i in range(n)], Tiny(), regions, folder, shard_size=1000)
+job.claim()
+for shard in job.shards:
+    rows = job.rows(shard)
+    values = np.full((len(rows), 30, 2), shard, np.float16)
+    boxes = np.tile(regions.boxes(90, 90), (len(rows), 1, 1))
+    ids = job.table["id"][rows.start:rows.stop].tolist()
+    write_shard(folder, shard, job.key, rows, ids, boxes, values, regions.levels)
+job.finish()
+store = Store.open(folder)
+total = sum(float(block.astype(np.float64).sum()) for block in store.descriptors())
+assert len(store) == n and total == 60 * (1000 * sum(range(33)) + 334 * 33), total
+assert store.boxes(n - 1).tolist() == regions.boxes(90, 90).tolist()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_a_million_descriptors_stay_below_two_gigabytes(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", MILLION, str(tmp_path / "store")], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) < 2000

@@ -59,8 +59,8 @@ def test_keys_follow_weights_and_settings_but_not_the_number_type(tmp_path, monk
         train_or_load_head(TrainingContext(encoder, CropSource(products, data=tmp_path)), name, size, steps)
         return keys.pop()
 
-    def key_of_student(terms, rate=1e-3):
-        train_or_load_student(TrainingContext(full, CropSource(8, data=tmp_path)), 32, terms, 10, rate)
+    def key_of_student(terms, rate=1e-3, architecture=None):
+        train_or_load_student(TrainingContext(full, CropSource(8, data=tmp_path)), 32, terms, 10, rate, architecture)
         return keys.pop()
 
     full = load_encoder("mini", dtype=torch.float32)
@@ -68,6 +68,7 @@ def test_keys_follow_weights_and_settings_but_not_the_number_type(tmp_path, monk
     others = [key_of_head(load_encoder("mini", random_weights=True)), key_of_head(full, "spoc"), key_of_head(full, size=64),
               key_of_head(full, steps=11), key_of_head(full, products=9)]
     students = [key_of_student(terms) for terms in TERMS.values()] + [key_of_student((.7, .7), 2e-3)]
+    students += [key_of_student((.7, .7), architecture=name) for name in ("lcnet_035", "lcnet_050")]
     assert len({key_of_head(full), *others, *students}) == 1 + len(others) + len(students)
 
 

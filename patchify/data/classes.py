@@ -48,11 +48,12 @@ class LabelledSet:
             self.root,
             queries[["id", "path", "box", "instance", "category", "subcategory"]],
             gallery[["id", "path", "boxes", "instance", "scale", "clutter"]],
-            PROTOCOLS.get(self.name, PROTOCOLS["classes"]),
+            PROTOCOLS[self.name if self.name in ("sop", "inshop") else "classes"],
         )
 
     def __repr__(self):
-        parts = [f"{part} {len(rows)} images of {rows['label'].nunique()} classes" for part, rows in self.images.groupby("part")]
+        groups = self.images.groupby("part")["label"]
+        parts = [f"{part} {len(labels)} images of {labels.nunique()} classes" for part, labels in groups]
         return f"LabelledSet({self.name!r}: {', '.join(parts)})"
 
 # %% ../../nbs/data/22_classes.ipynb #c011
@@ -106,7 +107,7 @@ def _cub_classes(root: Path, paths: dict[str, list[str]]) -> dict[str, int]:
         classes[values[0]] = int(as_numbers(path, line, values[1:])[0])
     missing = [number for number in paths if number not in classes]
     if missing:
-        raise ValueError(f"{path}: image {missing[0]} has no class")
+        raise ValueError(f"{root / 'images.txt'}: image {missing[0]!r} has no class in {path.name}")
     return classes
 
 
@@ -201,7 +202,8 @@ def _inshop_boxes(root: Path) -> dict[str, np.ndarray]:
     found = [path for path in (root / "Anno/list_bbox_inshop.txt", root / "list_bbox_inshop.txt") if path.exists()]
     boxes = {}
     for path in found[:1]:
-        for line, (name, _, _, *corners) in read_fields(path, ("image", "type", "pose", "x1", "y1", "x2", "y2"), skip=2):
+        fields = ("image", "type", "pose", "x1", "y1", "x2", "y2")
+        for line, (name, _, _, *corners) in read_fields(path, fields, skip=2):
             boxes[name] = np.array(as_numbers(path, line, corners), np.float32)
     return boxes
 
@@ -228,5 +230,7 @@ def load_gldv2_train(
     "The clean training images of Google Landmarks v2, labelled by landmark."
     root = _locate(folder, "train_clean.csv")
     records = read_records(root / "train_clean.csv", ["landmark_id", "images"])
-    rows = [(landmark_path("train", name), label, "train", None) for _, (label, names) in records for name in names.split()]
+    rows = []
+    for _, (label, names) in records:
+        rows += [(landmark_path("train", name), label, "train", None) for name in names.split()]
     return LabelledSet("gldv2", root, _table(rows))

@@ -35,7 +35,8 @@ def read_boxes(
         except ValueError:
             width = height = 0
         if width <= 0 or height <= 0:
-            raise ValueError(f"{path}, line {number}: expected `x y width height` with positive sizes, got {line[:80]!r}")
+            expected = "`x y width height` with positive sizes"
+            raise ValueError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}")
         box = np.array([x, y, x + width, y + height])
         inside = box if size is None else box.clip(0, [*size, *size])
         if (inside[2:] - inside[:2]).prod() >= 0.5 * width * height:

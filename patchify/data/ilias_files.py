@@ -52,7 +52,8 @@ class FeatureFile:
         with self._open() as file:
             for name, dimensions in (("index", 1), ("features", 2)):
                 if name not in file or getattr(file[name], "ndim", None) != dimensions:
-                    raise ValueError(f"{self.path}: expected a data set {name!r} of {dimensions} dimensions, found {', '.join(file) or 'nothing'}")
+                    expected = f"a data set {name!r} of {dimensions} dimensions"
+                    raise ValueError(f"{self.path}: expected {expected}, found {', '.join(file) or 'nothing'}")
             if file["features"].dtype.kind != "f" or file["index"].dtype.kind not in "OS":
                 raise ValueError(f"{self.path}: expected text in 'index' and floats in 'features'")
             if len(file["index"]) != len(file["features"]):
@@ -128,7 +129,7 @@ def load_ilias_features(
     folder: str | Path,  # with features_*.hdf5, and image_ids/ and misc/taxonomy.json if there are
     queries: str = "image",  # image or text
     distractors: str = "all",  # all, mini (those of mini_ilias_yfcc100m_ids.txt) or none
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,  # (n, D) -> (n, E) for both sides, such as a linear adaptation
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,  # (n, D) -> (n, E) for both sides, such as `adapt`
 ) -> IliasFeatures:
     "The published features of ILIAS. Raises ValueError naming the file and what was expected."
     folder = Path(folder)
@@ -136,21 +137,24 @@ def load_ilias_features(
         raise ValueError(f"queries must be image or text, got {queries!r}")
     if distractors not in ("all", "mini", "none"):
         raise ValueError(f"distractors must be all, mini or none, got {distractors!r}")
-    asked = FeatureFile(folder / f"features_{queries}_queries.hdf5", transform)
+    query_file = FeatureFile(folder / f"features_{queries}_queries.hdf5", transform)
     blocks = [FeatureFile(path, transform) for path in _feature_files(folder, distractors)]
     if distractors == "mini":
         keys = read_ids(folder / "image_ids/mini_ilias_yfcc100m_ids.txt")
-        blocks[1:] = [block.select(np.array([name.rpartition("/")[2] in keys for name in block.ids], bool)) for block in blocks[1:]]
+        for block in blocks[1:]:
+            block.select(np.array([name.rpartition("/")[2] in keys for name in block.ids], bool))
     blocks = [block for block in blocks if len(block)]
-    benchmark = RetrievalSet(folder.resolve().name, folder, _query_table(folder, asked.ids), _feature_gallery(folder, blocks))
-    return IliasFeatures(benchmark, asked[:][:, 0].astype(np.float32), blocks)
+    tables = (_query_table(folder, query_file.ids), _feature_gallery(folder, blocks))
+    benchmark = RetrievalSet(folder.resolve().name, folder, *tables)
+    return IliasFeatures(benchmark, query_file[:][:, 0].astype(np.float32), blocks)
 
 
 def _query_table(folder: Path, ids: list[str]) -> pd.DataFrame:
     "The queries of a file of features."
     known = read_taxonomy(folder)
     instances = [name.split("/")[0] for name in ids]
-    categories = pd.DataFrame([known.get(name, (None, None)) for name in instances], columns=["category", "subcategory"], dtype=object)
+    rows = [known.get(name, (None, None)) for name in instances]
+    categories = pd.DataFrame(rows, columns=["category", "subcategory"], dtype=object)
     return pd.DataFrame({"id": ids, "path": ids, "box": None, "instance": instances}).join(categories)
 
 
@@ -167,7 +171,8 @@ def _feature_gallery(folder: Path, blocks: list[FeatureFile]) -> pd.DataFrame:
     for row, name in enumerate(ids[:positives]):
         groups[row] = known.get(name, (np.nan, np.nan))
     instances = [name.split("/")[0] for name in ids[:positives]] + [None] * (len(ids) - positives)
-    gallery = pd.DataFrame({"id": ids, "path": ids, "instance": instances, "scale": groups[:, 0], "clutter": groups[:, 1]})
+    gallery = pd.DataFrame({"id": ids, "path": ids, "instance": instances})
+    gallery = gallery.assign(scale=groups[:, 0], clutter=groups[:, 1])
     gallery.insert(2, "boxes", [np.empty((0, 4), np.float32)] * len(ids))
     return gallery
 
@@ -211,7 +216,8 @@ def save_similarities(
     if encode is None:
         raise ValueError(f"{path.name}: similarities are written as .pkl or .json")
     if scores.shape != ranks.shape or len(ranks) != len(query_ids):
-        raise ValueError(f"{len(query_ids)} query ids, scores {scores.shape} and ranks {ranks.shape} do not belong together")
+        shapes = f"scores {scores.shape} and ranks {ranks.shape}"
+        raise ValueError(f"{len(query_ids)} query ids, {shapes} do not belong together")
     if len(set(query_ids)) < len(query_ids) or len(set(gallery_ids)) < len(gallery_ids):
         raise ValueError("query_ids and gallery_ids must each be unique")
     ranks = np.where(np.isneginf(scores), -1, ranks)

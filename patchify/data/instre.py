@@ -24,7 +24,8 @@ def _query_truth(path: Path, query: int, entry: object, n_gallery: int) -> tuple
         box = np.asarray(values[1], np.float32).reshape(-1)
     except (IndexError, TypeError, ValueError):
         raise ValueError(f"{path}, query {query}: expected the positives and the box") from None
-    if (rows != np.floor(rows)).any() or len(np.unique(rows)) < len(rows) or (rows < 1).any() or (rows > n_gallery).any():
+    valid = (rows >= 1) & (rows <= n_gallery) & (rows == np.floor(rows))
+    if not valid.all() or len(np.unique(rows)) < len(rows):
         raise ValueError(f"{path}, query {query}: expected distinct positives between 1 and {n_gallery}")
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(f"{path}, query {query}: expected a box of four numbers, got {box.tolist()}")
@@ -68,6 +69,7 @@ def load_instre(
     queries["box"] = pd.Series(_as_corners([box for _, box in pairs]), dtype=object)
     queries["positives"] = pd.Series([rows for rows, _ in pairs], dtype=object)
     queries = queries.assign(category=None, subcategory=None)
-    gallery = pd.DataFrame({"id": lists["imlist"], "path": lists["imlist"], "boxes": _image_boxes(root, lists["imlist"])})
+    images = lists["imlist"]
+    gallery = pd.DataFrame({"id": images, "path": images, "boxes": _image_boxes(root, images)})
     gallery = gallery.assign(instance=None, scale=np.nan, clutter=np.nan)
     return RetrievalSet("instre", root, queries, gallery, PROTOCOLS["instre"])

@@ -22,10 +22,15 @@ from ..retrieval_set import PROTOCOLS, Protocol, RetrievalSet
 # %% ../../nbs/data/23_landmarks.ipynb #c009
 def _rows(path: Path, query: int, entry: dict, name: str, n_gallery: int) -> np.ndarray:
     "One list of gallery rows of a query, checked."
-    values = np.asarray(entry[name])
+    try:
+        values = np.asarray(entry[name])
+    except ValueError:                                                   # lists of several lengths
+        values = np.empty((1, 1), object)
     if values.size == 0:
         return np.empty(0, np.int64)
-    if values.ndim != 1 or not np.issubdtype(values.dtype, np.number) or (values != np.floor(values)).any():
+    numeric = values.ndim == 1 and values.dtype.kind in "iuf" and np.isfinite(values).all()
+    numeric = numeric and (values == np.floor(values)).all()
+    if not numeric:
         raise ValueError(f"{path}, query {query}: expected {name!r} to be a list of integers")
     if values.min() < 0 or values.max() >= n_gallery:
         extent = f"{int(values.min())}..{int(values.max())}"
@@ -44,7 +49,8 @@ def _lists(path: Path, truth: list, names: Sequence[str], n_gallery: int) -> dic
             columns[name].append(_rows(path, query, entry, name, n_gallery))
         images, times = np.unique(np.concatenate([columns[name][-1] for name in names]), return_counts=True)
         if (times > 1).any():
-            raise ValueError(f"{path}, query {query}: image {images[times > 1][0]} is listed twice in {', '.join(names)}")
+            repeated = images[times > 1][0]
+            raise ValueError(f"{path}, query {query}: image {repeated} is listed twice in {', '.join(names)}")
     return columns
 
 
@@ -73,7 +79,10 @@ def _truth_file(root: Path) -> Path:
 
 def _entries(path: Path, keys: Sequence[str]) -> list[list]:
     "The named lists of a pickled dictionary."
-    content = read_pickle(path)
+    try:
+        content = read_pickle(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), (list, tuple, np.ndarray)):
             raise ValueError(f"{path}: expected a dictionary with the list {key!r}")
@@ -131,7 +140,8 @@ def load_revisited(
     root = Path(folder)
     path = _truth_file(root)
     queries, names = read_revisited(path)
-    queries = queries.assign(path=[f"jpg/{name}.jpg" for name in queries["id"]], instance=queries["id"], category=None, subcategory=None)
+    queries["path"] = [f"jpg/{name}.jpg" for name in queries["id"]]
+    queries = queries.assign(instance=queries["id"], category=None, subcategory=None)
     paths = [f"jpg/{name}.jpg" for name in names]
     if distractors is not None:
         extra = read_distractors(distractors)

@@ -93,7 +93,12 @@ def unique_rows(
         yield number, values
 
 # %% ../../nbs/data/24_lists.ipynb #c014
-_LIST_COLUMNS = {1: ("path",), 2: ("path", "label"), 3: ("path", "width", "height"), 4: ("path", "label", "width", "height")}
+_LIST_COLUMNS = {
+    1: ("path",),
+    2: ("path", "label"),
+    3: ("path", "width", "height"),
+    4: ("path", "label", "width", "height"),
+}
 
 
 def read_image_list(
@@ -105,7 +110,8 @@ def read_image_list(
         raise ValueError(f"{path} is empty: expected one image per line")
     columns = _LIST_COLUMNS.get(len(lines[0][1].split(",")))
     if columns is None:
-        raise ValueError(f"{path}, line {lines[0][0]}: expected path[,class][,width,height], got {_shorten(lines[0][1])}")
+        number, text = lines[0]
+        raise ValueError(f"{path}, line {number}: expected path[,class][,width,height], got {_shorten(text)}")
     rows = []
     for number, values in unique_rows(path, read_fields(path, columns, ",")):
         row = dict(zip(columns, values))
@@ -122,14 +128,13 @@ def read_records(
     columns: Sequence[str],  # that are needed
 ) -> Iterator[tuple[int, list[str]]]:  # (line number, the named columns)
     "Columns of a csv file. Raises ValueError naming the missing column, or the line that is too short."
-    lines = iter(text for _, text in read_lines(path))
-    reader = csv.reader(lines)
-    header = next(reader, [])
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}, only {', '.join(header) or 'an empty first line'}")
-    places = [header.index(column) for column in columns]
+    reader = csv.reader(text for _, text in read_lines(path))
     try:
+        header = next(reader, [])
+        missing = [column for column in columns if column not in header]
+        if missing:
+            raise ValueError(f"{path}: no column {missing[0]!r}, only {', '.join(header) or 'an empty first line'}")
+        places = [header.index(column) for column in columns]
         for values in reader:
             if len(values) != len(header):
                 raise ValueError(f"{path}, line {reader.line_num}: expected {len(header)} columns, got {len(values)}")

@@ -14,7 +14,7 @@ from ..files import suggest
 from ..retrieval_set import RetrievalSet
 
 # %% ../../nbs/data/21_registry.ipynb #c008
-# name -> module and function, which takes the folder that follows the colon; the offline sets take the folder of all data.
+# name -> module and function, which takes the folder after the colon; the offline sets take the folder of all data.
 LOADERS = {
     "ilias": "data.folders:load_ilias",
     "ilias-core": "data.folders:load_ilias_core",

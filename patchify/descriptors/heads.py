@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['labelled_crops', 'open_crop', 'view_maps', 'Classifier', 'train_head', 'head_descriptors', 'scale_descriptors',
-           'photo_descriptors']
+           'photo_descriptors', 'evaluate_photos']
 
 # %% ../../nbs/descriptors/47_heads.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..data.classes import LabelledSet
 from .network import DescriptorNet, IMAGE_SCALES, limit_size
@@ -24,6 +25,7 @@ from .views import draw_views, parallel_map, render_views
 from ..images import open_image
 from ..learn import TrainingPlan, train
 from ..retrieval_set import RetrievalSet
+from ..scoring import evaluate_descriptors
 
 # %% ../../nbs/descriptors/47_heads.ipynb #c006
 def labelled_crops(
@@ -172,9 +174,25 @@ def photo_descriptors(
     "Descriptors of images in their own shape. Token, official evaluation."
     device = next(net.parameters(), torch.empty(0)).device
     described = []
-    for file, box in zip(crops["file"], crops["box"]):
+    rows = zip(crops["file"], crops["box"])
+    for file, box in tqdm(rows, "describing", total=len(crops), unit="image", disable=None):
         corners = None if box is None else tuple(map(float, box))
         pixels = np.array(limit_size(open_image(file), corners, longest))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device) / 255
         described.append(net.describe(image, scales).cpu())
     return torch.cat(described).numpy()
+
+# %% ../../nbs/descriptors/47_heads.ipynb #c027
+def evaluate_photos(
+    net: DescriptorNet,  # backbone and trained head, e.g. from load_token_model
+    benchmark: RetrievalSet,  # with its protocol, e.g. from load("roxford5k:DIR")
+    longest: int = 1024,  # limit on the longer side of a whole image, pixels
+    scales: tuple[float, ...] = IMAGE_SCALES,  # factors on both sides
+) -> dict:  # percent: map, map_ci, easy, medium, hard, ... by the protocol
+    "Scores of a network by the benchmark's protocol, images in their own shape. Token, official evaluation."
+    sides = []
+    for table, boxes in ((benchmark.queries, benchmark.queries["box"]), (benchmark.gallery, None)):
+        files = [str(benchmark.file(path)) for path in table["path"]]
+        rows = pd.DataFrame({"file": files, "box": boxes})
+        sides.append(photo_descriptors(net, rows, longest, scales))
+    return evaluate_descriptors(benchmark, *sides)

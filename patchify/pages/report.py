@@ -54,6 +54,8 @@ LIBRARY = {
     "locscore": "core/localization",
     "groups": "core/groups",
     "regions": "core/boxes",
+    "landmarks": "core/scoring",
+    "classes": "core/scoring",
     "reranking": "zoo/rerankers",
     "compression": "core/compress",
     "training_level": "core/compress",

@@ -23,7 +23,7 @@ from ..rerank.windows import rerank_windows
 from ..rerank.shortlist import Descriptors, fuse, move_junk_last, score_shortlist
 from ..scoring import Ranking
 from ..search import SearchResult
-from ..zoo.reranker_training import LIST_LENGTH, make_reranker, make_reranking_task, train_rerankers
+from ..zoo.reranker_training import make_reranker, make_reranking_task, train_rerankers
 from patchify.zoo.rerankers import (
     DESCRIPTORS_PER_IMAGE,
     GALLERY_REGIONS,

@@ -132,6 +132,8 @@ def _finding_first(body: str) -> str:
         found = re.findall(pattern, body, re.S)
         body = re.sub(pattern, "", body, flags=re.S)
         moved += found
+    opening = "<details class=code><summary>Code</summary>"
+    body = re.sub(rf"(</pre>)</details>\s*{opening}", r"\1", body)  # cells that have become neighbours
     head = re.match(r"\s*(?:<h1.*?</h1>\s*)?(?:<blockquote>.*?</blockquote>)?", body, re.S)[0]
     return head + "".join(moved) + body[len(head) :]
 
@@ -152,7 +154,7 @@ def to_html(
 
 # %% ../../nbs/pages/73_site.ipynb #c012
 GROUPS = {
-    "Retrieval and localisation": ("levels", "gallery", "locscore", "groups", "regions"),
+    "Retrieval and localisation": ("levels", "gallery", "locscore", "groups", "regions", "landmarks", "classes"),
     "Re-ranking": ("reranking",),
     "Compression": ("compression", "training_level", "budget"),
     "Cost and scale": ("scale",),

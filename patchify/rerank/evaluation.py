@@ -199,11 +199,24 @@ class RerankReport:
     ranks: dict[str, np.ndarray]  # pass -> (Q, K) image numbers after re-ranking
     raw: dict[str, np.ndarray]  # pass -> (Q, top_k) scores before fusion; empty with windows
 
-    def to_dict(self) -> dict:  # for json: missing values are None
-        "Settings and results as plain data."
+    def to_dict(self) -> dict:  # for json: map of the main setup, mAP of each setup, settings and all results
+        "Settings and results as plain data; missing values are None."
         results = self.table.astype(object).where(self.table.notna(), None).to_dict("records")
-        settings = asdict(self.settings)
-        return {"checkpoint": self.checkpoint, "dataset": self.dataset, "settings": settings, "results": results}
+        summary = {"checkpoint": self.checkpoint, "dataset": self.dataset, "map": None}
+        for row in results:
+            if row["metric"].startswith("mAP"):
+                summary[row["setup"]] = row["re-ranked"]
+                summary["map"] = row["re-ranked"] if row["setup"] in ("medium", "all") else summary["map"]
+        return {**summary, "settings": asdict(self.settings), "results": results}
+
+    def __str__(self):
+        "The settings in one line, then the table."
+        s = self.settings
+        windows = f", windows of {s.window} by {s.stride}" if s.window else ""
+        used = f"top {s.top_k}{windows}, weight {s.global_weight:g}, gain {s.gain:g}"
+        used += f", {s.query_top} and {s.gallery_top} descriptors"
+        table = self.table.round(2).to_string(index=False, na_rep="–")
+        return f"{s.system}, {s.backbone}, {s.precision}, on {self.dataset}: {used}\n{table}"
 
 
 def _remember(scorer: Scorer) -> Scorer:
@@ -249,18 +262,27 @@ def _published(settings: RerankSettings, dataset: str, setup: str, metric: str) 
     return float(rows["value"].iloc[0]) if len(rows) else float("nan")
 
 
-def _open_sides(descriptors: Path, queries: Path, vectors: tuple, settings: RerankSettings) -> list[DescriptorFile]:
-    "Query and gallery descriptors, with the global ones that LOCORE reads where there are any."
+def _open_sides(
+    descriptors: Path, queries: Path, vectors: tuple | None, model: nn.Module, settings: RerankSettings
+) -> list[DescriptorFile]:
+    "Query and gallery descriptors, with the global ones for LOCORE."
     opened = [DescriptorFile(queries, settings.query_top), DescriptorFile(descriptors, settings.gallery_top)]
-    if settings.system != "LOCORE":
+    for side in opened:
+        if side.channels != model.local_dim:
+            found = f"{side.path} holds descriptors of {side.channels} channels"
+            remedy = "choose the files of its backbone"
+            raise ValueError(f"{found}, this {settings.system} reads {model.local_dim} channels: {remedy}")
+    if settings.system != "LOCORE" or vectors is None:
         return opened
     beside = [_beside(descriptors, of_query, "_global.pt") for of_query in (True, False)]
     used = [given or found for given, found in zip(vectors, beside)]
     if (used[0] is None) != (used[1] is None):
         raise ValueError(f"global descriptors were found for only one side, in {used[0] or used[1]}: name both files")
     if used[0] is None:
-        return opened
-    return [replace(side, summary=read_globals(file, len(side))) for side, file in zip(opened, used)]
+        expected = descriptors.name.replace("_local.hdf5", "_global.pt")
+        remedy = "name both files, or state that the model was trained without them"
+        raise ValueError(f"LOCORE reads global descriptors, but there is no {expected} beside {descriptors}: {remedy}")
+    return [replace(side, summary=read_globals(file, len(side), model.global_dim)) for side, file in zip(opened, used)]
 
 
 def rerank_files(
@@ -271,6 +293,7 @@ def rerank_files(
     queries: str | Path | None = None,  # *_local.hdf5 of the queries (None: found beside the gallery's)
     query_globals: str | Path | None = None,  # for LOCORE (None: found beside the descriptors, if there)
     gallery_globals: str | Path | None = None,  # for LOCORE (None: found beside the descriptors, if there)
+    without_globals: bool = False,  # the LOCORE was trained without global descriptors
     gallery_list: str | Path | None = None,  # classes of the gallery, where it differs from the queries
     device: str = "cpu",  # where the model runs
     **changes,  # fields of RerankSettings to change: top_k, global_weight, gain, query_top, gallery_top, window, stride
@@ -286,7 +309,8 @@ def rerank_files(
         queries = _beside(descriptors, True, "_local.hdf5") or (descriptors if Path(gnd).suffix == ".txt" else None)
     if queries is None:
         raise ValueError(f"no query descriptors beside {descriptors}: name their file")
-    query_file, gallery_file = _open_sides(descriptors, Path(queries), (query_globals, gallery_globals), settings)
+    vectors = None if without_globals else (query_globals, gallery_globals)
+    query_file, gallery_file = _open_sides(descriptors, Path(queries), vectors, model, settings)
 
     first = read_shortlist(shortlist)
     renumbered = (first.rows != first.ranks).any()

@@ -170,7 +170,7 @@ class Descriptors:
 
     @property
     def _blocked(self) -> bool:
-        return isinstance(self.values, (list, tuple))
+        return _is_blocked(self.values)
 
     @property
     def count(self) -> int:
@@ -195,6 +195,11 @@ class Descriptors:
         return Descriptors(values, valid, scales, self.summary)
 
 
+def _is_blocked(values: np.ndarray | Sequence[np.ndarray]) -> bool:
+    "Whether the values are a sequence of blocks (a list, or the shards of a store) and not one array."
+    return not hasattr(values, "shape")
+
+
 def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     "A copy of an array or tensor."
     return torch.as_tensor(np.array(array), dtype=dtype)
@@ -202,7 +207,7 @@ def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 def _rows(values: np.ndarray | Sequence[np.ndarray], ids: np.ndarray) -> np.ndarray:
     "Rows of one array, or of blocks that follow each other. (N, ...), (k,) -> (k, ...)"
-    if not isinstance(values, (list, tuple)):
+    if not _is_blocked(values):
         return np.asarray(values[ids])
     starts = np.cumsum([0] + [len(block) for block in values])
     blocks = np.searchsorted(starts, ids, side="right") - 1

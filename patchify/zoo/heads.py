@@ -198,9 +198,12 @@ def train_or_load_student(
     terms: tuple[float, float] | None = (0.7, 0.7),  # weights of the relational terms; None: triplets, no teacher
     steps: int = 400,  # optimiser steps
     rate: float = 1e-3,  # learning rate at its peak
+    architecture: str | None = None,  # None: a copy of the teacher; else a timm model that starts from random weights
 ) -> tuple[Encoder, list[float]]:  # the student, the loss of every step
     "A student of this size as an encoder."
-    student = Student(context.encoder, size, shared=_SHARED)
+    torch.manual_seed(context.seed)
+    shared = 0 if architecture else _SHARED
+    student = Student(context.encoder, size, shared, architecture)
     plan = TrainingPlan(steps, rate, steps // 10, 1e-6, seed=context.seed)
 
     def distillation(draw: int, rng: np.random.Generator) -> Tensor:
@@ -217,10 +220,12 @@ def train_or_load_student(
         loss_of = distillation if terms else triplet_step(student, pick_views, labels, **_TRIPLETS)
         return train(student, loss_of, plan, checkpoint)
 
+    network = {"architecture": architecture} if architecture else {}
     key = cache_key("student", 1, encoder=weights_of(context.encoder), crops=context.source.key, size=size,
-                    terms=terms or _TRIPLETS, views=_VIEWS, margin=CLOSE, area=AREA, shared=_SHARED, batch=_BATCH,
-                    plan=asdict(plan))
+                    terms=terms or _TRIPLETS, views=_VIEWS, margin=CLOSE, area=AREA, shared=shared, batch=_BATCH,
+                    plan=asdict(plan), **network)
     name = f"student-{size}-" + (f"{terms[0]:g}-{terms[1]:g}" if terms else "triplets")
+    name += f"-{architecture}" if architecture else ""
     losses = train_or_load(student, name, key, learn, context.source.data, context.ship)
     return student.as_encoder(context.encoder.dtype), losses
 
