@@ -209,7 +209,7 @@ def test_evaluate_with_a_re_ranker(kind, data, tmp_path, capsys):
     assert found["provenance"]["rerank"] == kind and 0 <= found["map"] <= 100 and f"{found['map']:.2f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, said", [(["--rerank", "ames2"], "unknown re-ranker"),
+@pytest.mark.parametrize("words, said", [(["--rerank", "ames2"], "unknown --rerank"),
                                          (["--rerank", "locore_patches"], "cannot read the 1 pyramid patches of this search"),
                                          (["--rerank", "ames_patches", "--regions", "pool"], "cannot read the 1 pool patches of this search"),
                                          (["--rerank", "ames", "--backbone", "resnet10t", "--random-weights"], "no re-ranker is trained")])
