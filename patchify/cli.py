@@ -40,7 +40,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+            # The interpreter flushes standard output once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except (ValueError, OSError, ImportError) as error:
             print(f"patchify: {error}", file=sys.stderr)
@@ -178,7 +179,8 @@ def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _summary(name: str, figures: dict) -> str:
     "The figures of an evaluation in a few lines."
-    lines = [f"{name}: {figures['queries']} queries, {figures['gallery']} gallery images x {figures['patches']} patches"]
+    gallery = f"{figures['gallery']} gallery images x {figures['patches']} patches"
+    lines = [f"{name}: {figures['queries']} queries, {gallery}"]
     interval = ""
     if figures["map"] is not None:
         low, high = figures["map_ci"]
@@ -297,7 +299,8 @@ def _evaluate_token(benchmark: "RetrievalSet", checkpoint: Path | None) -> dict:
     if checkpoint is None:
         raise ValueError("--backbone token needs --checkpoint with a file that its authors released")
     found = evaluate_photos(load_token_model(checkpoint), benchmark)
-    found |= {"gallery": len(benchmark.gallery), "patches": 1, "locscore_iou": None, "locscore_hit": None, "left_out": {}}
+    found |= {"gallery": len(benchmark.gallery), "patches": 1, "left_out": {}}
+    found |= {"locscore_iou": None, "locscore_hit": None}
     print(_summary(benchmark.name, found))
     return found
 
@@ -332,7 +335,7 @@ def _index_settings(
 
 
 def _index_builder(index: str, settings: "CompressedIndex | None", described: "Described", data: Path) -> Callable:
-    "What builds the index from blocks of descriptors and their rows; a compressed one is trained once and kept on disk."
+    "What builds the index from blocks and their rows; a compressed index is trained once and kept on disk."
     from patchify.flat import FlatIndex
     from patchify.indexfiles import load_or_build_index
     from patchify.search import ExactIndex
@@ -549,7 +552,9 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 # %% ../nbs/80_cli.ipynb #c038
-train_app = typer.Typer(no_args_is_help=True, help="Train the networks that ship with the package, or those of another encoder.")
+train_app = typer.Typer(
+    no_args_is_help=True, help="Train the networks that ship with the package, or those of another encoder."
+)
 app.add_typer(train_app, name="train")
 
 Products = Annotated[int, typer.Option(help="rendered products to learn from")]
@@ -557,7 +562,9 @@ Products = Annotated[int, typer.Option(help="rendered products to learn from")]
 
 @train_app.command("encoder")
 def train_encoder_command(
-    out: Annotated[Path, typer.Option(help="folder of the checkpoint and of mini.safetensors")] = Path("data/train-mini"),
+    out: Annotated[
+        Path, typer.Option(help="folder of the checkpoint and of mini.safetensors")
+    ] = Path("data/train-mini"),
     steps: Annotated[Optional[int], typer.Option(help="optimiser steps; default: those of the shipped encoder")] = None,
     seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
     workers: Annotated[int, typer.Option(help="rendering processes")] = 1,
@@ -573,7 +580,8 @@ def train_encoder_command(
     from patchify.zoo.encoder import EncoderRecipe, train_encoder
 
     changes = {"seed": seed} | ({"steps": steps} if steps else {})
-    path = train_encoder(EncoderRecipe(**changes), out, device=device, workers=workers, log=lambda line: print(line, flush=True))
+    recipe = EncoderRecipe(**changes)
+    path = train_encoder(recipe, out, device=device, workers=workers, log=lambda line: print(line, flush=True))
     print(f"wrote {path}; use it with --backbone mini --checkpoint {path}")
 
 
@@ -645,7 +653,9 @@ def report(
     random_weights: RandomWeights = False,
     level: Level = 3,
     only: Annotated[Optional[str], typer.Option(help="run this experiment only")] = None,
-    parameter: Annotated[Optional[list[str]], typer.Option("-p", help="name=value for experiments that have it")] = None,
+    parameter: Annotated[
+        Optional[list[str]], typer.Option("-p", help="name=value for experiments that have it")
+    ] = None,
     device: Device = None,
     data: Data = Path("data"),
     reports: Annotated[Path, typer.Option(help="folder of all runs")] = Path("reports"),

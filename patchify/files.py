@@ -178,7 +178,8 @@ def read_pickle(
         with open(path, "rb") as file:
             return _DataUnpickler(file, encoding="latin1").load()
     except _DAMAGED as error:
-        raise ValueError(f"cannot read {path} as plain data: {error or type(error).__name__}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot read {path} as plain data: {reason}") from None
 
 # %% ../nbs/core/18_files.ipynb #c025
 WRAPPERS = ("state_dict", "state", "model", "model_state")
@@ -195,7 +196,9 @@ def read_checkpoint(
         with torch.serialization.safe_globals([*numpy_parts, *names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = str(error).partition("GLOBAL ")[2].split(" ")[0] or "objects that are no data"
+        found = str(error).partition("GLOBAL ")[2].split(" ")[0]
+        if not found:
+            raise ValueError(f"cannot read weights from {path}: it is damaged or no checkpoint") from None
         remedy = "save its tensors with torch.save(model.state_dict(), FILE)"
         raise ValueError(f"{path} contains {found}, which could run code: {remedy}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -64,7 +64,8 @@ def _read_table(out: Path) -> tuple[pd.DataFrame, dict]:
     "The table of an index and what is known about it as a whole. Raises ValueError naming the file and the remedy."
     file = out / "images.parquet"
     if not file.exists():
-        raise ValueError(f"{out} holds no index, or its first update is unfinished: run `patchify index FOLDER --out {out}`")
+        remedy = f"run `patchify index FOLDER --out {out}`"
+        raise ValueError(f"{out} holds no index, or its first update is unfinished: {remedy}")
     remedy = f"{file} is damaged: delete {out} and run `patchify index` again"
     try:
         table = pq.read_table(file)
@@ -73,7 +74,8 @@ def _read_table(out: Path) -> tuple[pd.DataFrame, dict]:
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{remedy} ({type(error).__name__})") from None
     if about.get("version") != TABLE_VERSION:
-        raise ValueError(f"{file} has version {about.get('version')}, this release reads version {TABLE_VERSION}: index the folder again")
+        versions = f"{file} has version {about.get('version')}, this release reads version {TABLE_VERSION}"
+        raise ValueError(f"{versions}: index the folder again")
     if about["checksum"] != _checksum(images):
         raise ValueError(f"{remedy} (its checksum does not match)")
     return images, about
@@ -126,7 +128,8 @@ class FolderIndex:
 
     def __repr__(self) -> str:
         failed = len(self.images) - len(self)
-        return f"FolderIndex({len(self)} images of {self.folder}, {self.manifest['encoder']}; {failed} could not be read)"
+        about = f"{len(self)} images of {self.folder}, {self.manifest['encoder']}"
+        return f"FolderIndex({about}; {failed} could not be read)"
 
     def encoder(
         self,
@@ -157,7 +160,7 @@ class FolderIndex:
         return encoder(pixels).cpu().numpy()
 
     def blocks(self) -> list[np.ndarray]:
-        "Descriptors of all readable images, in the order of their ids: blocks (n_i, P, D), memory-mapped where nothing was deleted."
+        "Descriptors of all readable images in the order of their ids: blocks (n_i, P, D), memory maps where none is gone."
         found = []
         for part, images in self.readable.groupby("part"):
             store = self.stores[part]
@@ -271,7 +274,8 @@ def index_folder(
         raise ValueError(f"no such folder: {folder}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: an index needs a folder")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("images.parquet", "pending.parquet", ".lock")):
+    is_index = any((out / name).exists() for name in ("images.parquet", "pending.parquet", ".lock"))
+    if out.is_dir() and any(out.iterdir()) and not is_index:
         raise ValueError(f"{out} is not empty and holds no index: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -286,13 +290,16 @@ def _update(folder: Path, out: Path, encoder: Encoder, regions: Regions) -> Fold
     pending = out / "pending.parquet"
     if pending.exists():
         _encode(pd.read_parquet(pending), folder, out, encoder, regions)
-    images, about = _read_table(out) if (out / "images.parquet").exists() else (pd.DataFrame(columns=list(COLUMNS)).astype(COLUMNS), {})
+    images = pd.DataFrame(columns=list(COLUMNS)).astype(COLUMNS)
+    about = {}
+    if (out / "images.parquet").exists():
+        images, about = _read_table(out)
     changes = find_changes(folder, images)
     if images.empty and changes.new.empty:
         raise ValueError(f"no images in {folder}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} and .tar files")
     if not images.empty and (images["row"] >= 0).any():
         _check_settings(FolderIndex(out, images, about), encoder, regions)
-    about = {"folder": str(folder.resolve()), "next_id": about.get("next_id", 0), "next_part": about.get("next_part", 0)}
+    about = {"next_id": 0, "next_part": 0} | about | {"folder": str(folder.resolve())}
     if not images.empty:
         _write_table(out, changes.kept, about)
     if len(changes.new):
@@ -316,7 +323,8 @@ def _check_settings(index: FolderIndex, encoder: Encoder, regions: Regions) -> N
                 "use the same encoder, or choose another folder for the index"
             )
     if index.regions != regions:
-        raise ValueError(f"{index.path} was made with {index.regions}, now it is {regions}: choose another folder for the index")
+        change = f"{index.path} was made with {index.regions}, now it is {regions}"
+        raise ValueError(f"{change}: choose another folder for the index")
 
 
 def _encode(new: pd.DataFrame, folder: Path, out: Path, encoder: Encoder, regions: Regions) -> None:
@@ -335,7 +343,8 @@ def _encode(new: pd.DataFrame, folder: Path, out: Path, encoder: Encoder, region
         reasons = {}
     images, about = _read_table(out) if (out / "images.parquet").exists() else (None, {})
     if images is None or part not in set(images["part"]):  # not committed before an interruption
-        added = new.assign(row=rows, reason=[reasons.get(path, "unreadable") if row < 0 else "" for path, row in zip(new["path"], rows)])
+        failed = pd.Series(rows < 0, index=new.index)
+        added = new.assign(row=rows, reason=new["path"].map(reasons).fillna("unreadable").where(failed, ""))
         images = added if images is None or images.empty else pd.concat([images, added], ignore_index=True)
         about = about | {"folder": str(folder.resolve()), "next_id": int(new["id"].max()) + 1, "next_part": part + 1}
         _write_table(out, images.astype(COLUMNS), about)

@@ -19,7 +19,7 @@ from patchify.descriptors.heads import scale_descriptors, train_head, view_maps
 from patchify.descriptors.network import DescriptorNet, FeatureMap, IMAGE_SCALES
 from patchify.descriptors.pooling import PoolHead
 from patchify.descriptors.token import TokenHead
-from patchify.descriptors.training import image_batches, init_published, published_plan, train_network
+from patchify.descriptors.training import image_batches, init_published, published_token_plan, train_network
 from patchify.learn import TrainingPlan, train
 from patchify.scoring import evaluate_descriptors
 
@@ -110,13 +110,13 @@ def test_the_classifier_prefers_the_right_class():
 
 
 def test_the_published_plan_warms_up_for_five_epochs():
-    plan = published_plan(1280)
+    plan = published_token_plan(1280)
     assert (plan.steps, plan.warmup) == (300, 50) and plan.optimizer == "sgd"
     assert plan.rate(49) == plan.rate(50) == plan.learning_rate == 0.00125
     schedule = np.linspace(0.0001 * 32 / 256, 0.01 * 32 / 256, 50)  # as the authors write it
     assert np.allclose([plan.rate(step) for step in range(50)], schedule, rtol=1e-12)
     assert plan.accumulate == 1                                    # 128 images a step share their batch norms
-    assert published_plan(1280, at_once=32).accumulate == 4        # 32 at a time
+    assert published_token_plan(1280, at_once=32).accumulate == 4        # 32 at a time
 
 
 def test_published_initial_weights():
@@ -163,7 +163,7 @@ def landmarks(root, labels=3, each=3):
 
 def test_the_published_run_of_token_starts_and_goes_on(tmp_path):
     crops = labelled_crops(load_gldv2_train(landmarks(tmp_path / "gldv2")))
-    plan, size = published_plan(len(crops), batch=4, epochs=3, warmup=1, per_gpu=4, at_once=2), 64
+    plan, size = published_token_plan(len(crops), batch=4, epochs=3, warmup=1, per_gpu=4, at_once=2), 64
 
     def fresh():
         torch.manual_seed(0)

@@ -7,7 +7,7 @@ import torch
 
 from patchify.rerank.locore import (
     AGGREGATIONS, LOCORE, LocoreScorer, Role, aggregate, allowed_pairs, join, load_locore, split_lists, token_positions, token_roles)
-from patchify.rerank.locore_training import ConstantPlan, draw_lists, locore_loss, published_plan, start_from_longformer
+from patchify.rerank.locore_training import ConstantPlan, draw_lists, locore_loss, published_locore_plan, start_from_longformer
 from patchify.rerank.matching import start_from_matching
 from patchify.rerank.windows import rerank_windows, window_starts
 from patchify.rerank.shortlist import Descriptors, rerank
@@ -269,13 +269,13 @@ def test_every_aggregation_by_hand():
 
 
 def test_the_published_recipe_has_a_constant_rate(tmp_path):
-    plan = published_plan(1024, batch=64)
+    plan = published_locore_plan(1024, batch=64)
     assert (plan.steps, plan.accumulate, plan.weight_decay) == (12, 4, 0.0)
     assert {plan.rate(step) for step in range(plan.steps)} == {5e-5}
     warm = ConstantPlan(steps=10, learning_rate=1.0, warmup=4)
     assert [warm.rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     with pytest.raises(ValueError, match="divide 256"):
-        published_plan(1024, batch=24)
+        published_locore_plan(1024, batch=24)
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
     train(module, lambda *_: -module.weight.sum(), ConstantPlan(steps=5, learning_rate=1e-2, weight_decay=0.0), tmp_path / "plan.safetensors")

@@ -19,7 +19,7 @@ import pandas as pd
 from .folders import read_ids, read_taxonomy
 from ..files import atomic_write
 from ..retrieval_set import RetrievalSet
-from ..scoring import LIST_LENGTH, Ranking
+from ..scoring import KEPT_RANKS, Ranking
 from ..search import ExactIndex
 
 # %% ../../nbs/data/25_ilias_files.ipynb #c008
@@ -111,7 +111,7 @@ class IliasFeatures:
     def rank(self, device: str | None = None) -> Ranking:
         "Rank the gallery exactly, as deep as ILIAS's protocol needs."
         index = ExactIndex(self.blocks, device=device)
-        return Ranking(self.benchmark, index.search(self.queries, LIST_LENGTH))
+        return Ranking(self.benchmark, index.search(self.queries, KEPT_RANKS))
 
 
 def _feature_files(folder: Path, distractors: str) -> Iterator[Path]:

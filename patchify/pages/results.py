@@ -79,21 +79,27 @@ def _card(hit: dict, place: int, folder: Path, query: str) -> str:
     share = 100 * float(np.clip(hit["score"], 0, 1))
     return (
         f'<li class="hit"><div class="pictures">{pictures}</div><div class="about"><b>{place}</b> {name}{own}'
-        f'<div class="bar"><span style="width:{share:.0f}%"></span></div><span class="score">{hit["score"]:.3f}</span></div></li>'
+        f'<div class="bar"><span style="width:{share:.0f}%"></span></div>'
+        f'<span class="score">{hit["score"]:.3f}</span></div></li>'
     )
 
 
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1f2328;--soft:#59636e;--line:#d0d7de;--paper:#fff;--card:#f6f8fa;--bar:#0072B2}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--card:#151b23;--bar:#56B4E9}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:72rem;margin:0 auto;padding:1rem}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--card:#151b23;--bar:#56B4E9}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+max-width:72rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}.soft,.score,em{color:var(--soft)}a{color:var(--bar)}
 .query img{max-height:14rem;max-width:100%;border-radius:6px}
-.hits{list-style:none;padding:0;display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
+.hits{list-style:none;padding:0;display:grid;gap:1rem;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .hit{background:var(--card);border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.pictures{display:flex;height:12rem;gap:2px;background:var(--line)}.pictures img{min-width:0;flex:2;object-fit:contain;height:100%;background:var(--card)}
+.pictures{display:flex;height:12rem;gap:2px;background:var(--line)}
+.pictures img{min-width:0;flex:2;object-fit:contain;height:100%;background:var(--card)}
 .pictures .patch{flex:1}.gone{margin:auto;color:var(--soft)}.about{padding:.5rem .8rem;overflow-wrap:anywhere}
-.bar{height:.4rem;background:var(--line);border-radius:3px;margin:.4rem 0 .1rem}.bar span{display:block;height:100%;background:var(--bar);border-radius:3px}
+.bar{height:.4rem;background:var(--line);border-radius:3px;margin:.4rem 0 .1rem}
+.bar span{display:block;height:100%;background:var(--bar);border-radius:3px}
 @media print{.hit{break-inside:avoid}}
 """
 
@@ -117,11 +123,13 @@ def results_page(
     for query in queries:
         cards = [_card(hit, place, Path(folder), query.name) for place, hit in enumerate(query.hits, 1)]
         sections.append(
-            f'<section><h2>{html.escape(query.name)}</h2>{_query_picture(query)}<ol class="hits">{"".join(cards)}</ol></section>'
+            f'<section><h2>{html.escape(query.name)}</h2>{_query_picture(query)}'
+            f'<ol class="hits">{"".join(cards)}</ol></section>'
         )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Search results</title><style>{PAGE_STYLE}</style><h1>Search results</h1>"
-        f'<p class="soft">{html.escape(about)}. The orange frame marks the region that matched; it is enlarged beside the image.</p>'
+        f'<p class="soft">{html.escape(about)}. '
+        "The orange frame marks the region that matched; it is enlarged beside the image.</p>"
         f'{"".join(sections)}</html>\n'
     )
