@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 from ..files import suggest
@@ -194,7 +195,10 @@ def run_reports(
     notebooks: str | Path = "nbs/experiments",
 ) -> list[str]:  # what failed, in words; empty when all went well
     "Run the experiments for one data set and backbone, and renew the index."
-    found = {path.stem: path for path in sorted(Path(notebooks).glob("*.ipynb"))}
+    notebooks = Path(notebooks)
+    if not notebooks.is_dir():  # installed from a wheel, which holds the experiments
+        notebooks = Path(str(files("patchify"))) / "experiments"
+    found = {path.stem: path for path in sorted(notebooks.glob("*.ipynb"))}
     if not found:
         raise ValueError(f"no experiments in {notebooks}: run this command in the project's folder")
     by_hand = by_hand or {}
