@@ -58,14 +58,15 @@ def describe(
     encoder: Encoder,
     regions: Regions = Regions(),
     stores: str | Path = "data/stores",  # folder that keeps extracted descriptors, each under the hash of its settings
+    batch: int = 64,  # patches per forward pass
 ) -> Described:
     "Descriptors of every query and of every region of every gallery image, from disk when they are there."
     if benchmark.queries.empty:
         raise ValueError(f"{benchmark.name} has no queries: it can be indexed and searched, but not evaluated")
     whole = Regions("pool" if regions.kind == "pool" else "pyramid", 0)
     cache = str(Path(stores) / "{key}")
-    query_store = extract(benchmark.queries, encoder, whole, cache, benchmark.root)
-    gallery = extract(benchmark.gallery, encoder, regions, cache, benchmark.root)
+    query_store = extract(benchmark.queries, encoder, whole, cache, benchmark.root, batch=batch)
+    gallery = extract(benchmark.gallery, encoder, regions, cache, benchmark.root, batch=batch)
     unreadable = len(benchmark.queries) - len(query_store)
     readable = replace(benchmark, queries=benchmark.queries.iloc[query_store.rows].reset_index(drop=True))
     queries = np.concatenate(query_store.descriptors()).astype(np.float32)[:, 0]

@@ -116,7 +116,7 @@ def test_ctrl_c_leaves_the_last_page_alone(tmp_path, made, when):
     words, before = made
     patchify = subprocess.Popen([Path(sys.executable).with_name("patchify"), *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     begun = tmp_path / "reports/tiny-mini/.gallery"
-    while not (any(begun.glob("*.png")) if when == "running" else begun.exists()) and patchify.poll() is None:
+    while not (any(begun.glob("*.jpg")) if when == "running" else begun.exists()) and patchify.poll() is None:
         time.sleep(.02)
     os.killpg(patchify.pid, signal.SIGINT)
     assert "Traceback" not in patchify.communicate(timeout=60)[1] and patchify.returncode == 130

@@ -206,11 +206,13 @@ class Page:
         fig: plt.Figure,
         caption: str,  # what it shows; also its text for readers who do not see it
     ) -> None:
-        "Show a figure and keep it: plots as SVG, pictures as PNG at twice the resolution."
+        "Show a figure and keep it: plots as SVG, pictures as JPEG at twice the resolution."
         pictures = any(ax.images for ax in fig.axes)
-        file = f"{self.name}-{name}.{'png' if pictures else 'svg'}"
-        metadata = {"Software": None} if pictures else {"Date": None}
-        fig.savefig(self.out / file, metadata=metadata, dpi=200 if pictures else "figure")
+        file = f"{self.name}-{name}.{'jpg' if pictures else 'svg'}"
+        if pictures:
+            fig.savefig(self.out / file, dpi=200, pil_kwargs={"quality": 85})
+        else:
+            fig.savefig(self.out / file, metadata={"Date": None})
         plt.close(fig)
         text = html.escape(caption)
         image = f'<div class=wide tabindex=0><img src="{file}" alt="{text}" width="{round(100 * fig.get_figwidth())}"></div>'

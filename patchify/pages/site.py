@@ -269,7 +269,7 @@ def build_index(reports: str | Path) -> Path:  # the folder that holds one folde
             sections.append(_run_html(run, pages))
     intro = (
         "<h1>patchify reports</h1><p>Every page is a notebook that was run. Its tables are csv files and its figures "
-        "SVG or PNG files beside it.</p>"
+        "SVG or JPEG files beside it.</p>"
     )
     index = reports / "index.html"
     index.write_text(
