@@ -62,6 +62,11 @@ def _failures_csv(images: pd.DataFrame) -> bytes:
     return images.loc[images["row"] < 0, ["path", "reason"]].to_csv(index=False).encode()
 
 
+def _described_parts(images: pd.DataFrame) -> list[int]:
+    "Numbers of the stores that hold descriptors of images."
+    return sorted(set(images.loc[images["row"] >= 0, "part"]))
+
+
 def _checksum(images: pd.DataFrame) -> str:
     "Hash of all values of a table."
     return hashlib.sha256(images[list(COLUMNS)].to_json(orient="values").encode()).hexdigest()
@@ -118,8 +123,11 @@ class FolderIndex:
     @cached_property
     def stores(self) -> dict[int, Store]:
         "The stores that hold descriptors of these images, by number."
+        parts = _described_parts(self.images)
+        if not parts:
+            raise ValueError(f"{self.path} holds no descriptors: no image in {self.folder} could be read")
         with self._with_remedy():
-            return {part: Store.open(_part_folder(self.path, part)) for part in _described_parts(self.images)}
+            return {part: Store.open(_part_folder(self.path, part)) for part in parts}
 
     @contextmanager
     def _with_remedy(self) -> Iterator[None]:
@@ -368,11 +376,6 @@ def _file_changed(folder: Path, image: tuple) -> bool:
     except OSError:
         return True
     return (stat.st_size, stat.st_mtime_ns) != (image.size, image.mtime)
-
-
-def _described_parts(images: pd.DataFrame) -> list[int]:
-    "Numbers of the stores that hold descriptors of images."
-    return sorted(set(images.loc[images["row"] >= 0, "part"]))
 
 
 def _without_damaged(out: Path, images: pd.DataFrame) -> pd.DataFrame:

@@ -389,3 +389,14 @@ def test_an_adaptation_of_another_encoder_is_refused(data, tmp_path, capsys):
     words = ["--adapt", str(tmp_path / "layer.pth")]
     assert main(["evaluate", "--dataset", "tiny", "--level", "2", "--data", str(data), *words]) == 2
     assert "takes descriptors of 3 components, mini gives" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_readable_image_is_said_to_be_one(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/broken.jpg").write_bytes(b"no image")
+    assert index(tmp_path / "photos") == 0
+    assert "1 could not be read" in capsys.readouterr().out
+    assert main(["search", str(tmp_path / "index"), str(tmp_path / "photos/broken.jpg")]) == 2
+    assert "no image in" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "index")]) == 0
+    assert index(tmp_path / "photos") == 0
