@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from patchify.compress import CompressedIndex
     from patchify.encoder import Encoder
-    from patchify.evaluate import Described
+    from patchify.evaluate import Described, Retrieval
     from patchify.folder_index import FolderIndex
     from patchify.pages.results import QueryHits
     from patchify.retrieval_set import RetrievalSet
@@ -224,7 +225,15 @@ def evaluate(
         int,
         typer.Option(help="pq, ivfpq: level whose patches train the quantiser; -1: those indexed, -2: all levels"),
     ] = -1,
-    rescore: Annotated[int, typer.Option(help="pq, ivfpq: rescore the first images with exact descriptors")] = 0,
+    rescore: Annotated[
+        int, typer.Option(min=0, help="pq, ivfpq: rescore the first images with exact descriptors")
+    ] = 0,
+    adapt: Annotated[
+        Optional[Path], typer.Option(help="exact, flat: ILIAS's linear adaptation of all descriptors, from its file")
+    ] = None,
+    expand: Annotated[
+        int, typer.Option(min=0, help="exact: search again, queries averaged with their first images; 0: no")
+    ] = 0,
     rerank: Annotated[Optional[str], typer.Option(help=f"re-rank the first images: {', '.join(RERANKERS)}")] = None,
     rerank_top_k: Annotated[
         Optional[int], typer.Option(min=1, help="images re-ranked; LOCORE slides a window over long lists")
@@ -244,16 +253,21 @@ def evaluate(
         _check_choice("--rerank", rerank, RERANKERS)
     elif rerank_top_k:
         raise ValueError("--rerank-top-k needs --rerank")
+    _check_first_stage(index, rescore, adapt, expand, rerank)
     _check_target("--json", json_file)
     _check_target("--export", export, ".pkl", ".json")
     from patchify.boxes import Regions
     from patchify.data.registry import load
-    from patchify.evaluate import describe, metrics_dict, rank
+    from patchify.evaluate import describe, metrics_dict
     from patchify.data.ilias_files import save_similarities
+    from patchify.files import file_checksum
     from patchify.pages.page import provenance
     from patchify.zoo.rerankers import Reranker
 
     if backbone == "token":
+        if adapt or expand or rerank or export or rescore or index != "exact":
+            options = "--adapt, --expand, --export, --index, --rerank or --rescore"
+            raise ValueError(f"--backbone token is evaluated as its authors do: it does not take {options}")
         found = _evaluate_token(load(dataset, data, protocol), checkpoint)
         if json_file:
             _write_text(json_file, json.dumps(found, indent=1))
@@ -262,9 +276,10 @@ def evaluate(
     settings = _index_settings(index, m, nbits, nlist, nprobe, metric, train_level)
     encoder = _load_encoder(backbone, checkpoint, random_weights, size, aspect, device)
     reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
+    adapter = _load_adapter(adapt, encoder)
     benchmark = load(dataset, data, protocol)
     described = describe(benchmark, encoder, scheme, data / "stores")
-    run = rank(described, index=_index_builder(index, settings, described, data), rescore_top=rescore)
+    run = _first_stage(described, _index_builder(index, settings, described, data), rescore, adapter, expand)
     if reranker:
         run = reranker(run, encoder, data)
     found = metrics_dict(run)
@@ -279,6 +294,8 @@ def evaluate(
         level=level,
         index=index,
         rescore=rescore,
+        adapt=adapt and file_checksum(adapt),
+        expand=expand,
         rerank=rerank,
         rerank_top_k=rerank_top_k,
     )
@@ -289,6 +306,65 @@ def evaluate(
         export.parent.mkdir(parents=True, exist_ok=True)
         queries = run.described.benchmark.queries["id"]
         save_similarities(export, queries, benchmark.gallery["id"], run.result.scores, run.result.ranks)
+
+
+def _check_first_stage(index: str, rescore: int, adapt: Path | None, expand: int, rerank: str | None) -> None:
+    "Refuse options of the first stage that do not go together."
+    if adapt and index not in ("exact", "flat"):
+        raise ValueError(f"--adapt works with --index exact or flat, not with {index}")
+    if expand and index != "exact":
+        raise ValueError(f"--expand works with --index exact, not with {index}")
+    for option, given in (("--adapt", adapt), ("--expand", expand)):
+        if given and rescore:
+            raise ValueError(f"{option} cannot be combined with --rescore: the scores are exact already")
+        if given and rerank:
+            raise ValueError(f"{option} cannot be combined with --rerank")
+
+
+def _load_adapter(path: Path | None, encoder: "Encoder") -> Callable | None:
+    "The linear adaptation in a file, checked against the encoder."
+    if path is None:
+        return None
+    from patchify.descriptors.official import load_adapter
+
+    adapter = load_adapter(path)
+    if adapter.weight.shape[1] != encoder.dim:
+        sizes = f"{adapter.weight.shape[1]} components, {encoder.name} gives {encoder.dim}"
+        raise ValueError(f"--adapt {path} takes descriptors of {sizes}: use the file of your encoder")
+    return adapter
+
+
+def _first_stage(
+    described: "Described",
+    build: Callable,  # (blocks, rows) -> index
+    rescore: int,  # images per query that a compressed index scores again
+    adapter: Callable | None,  # (..., D) -> (..., E), of queries and gallery
+    expand: int,  # images that each query is averaged with before a second search; 0: one search
+) -> "Retrieval":
+    "Rank the gallery; queries and gallery may be adapted, and the queries expanded by what they found."
+    import numpy as np
+
+    from patchify.evaluate import rank
+    from patchify.refine import expand_queries
+    from patchify.search import ExactIndex
+
+    def build_adapted(blocks, rows):
+        index = build([adapter(block) for block in blocks], rows)
+        index.bytes_per_image = index.n_patches * index.dim * 4  # float32
+        return index
+
+    if adapter:
+        described = replace(described, queries=adapter(described.queries))
+    build = build_adapted if adapter else build
+    run = rank(described, index=build, rescore_top=rescore)
+    if not expand:
+        return run
+    listed = run.result.ranks.shape[1]
+    if expand > listed:
+        raise ValueError(f"--expand {expand}: each query ranks only {listed} images")
+    raw = ExactIndex(described.gallery.descriptors(), described.gallery.rows)
+    queries = expand_queries(described.queries, run.result, raw, expand, adapter or np.asarray)
+    return rank(replace(described, queries=queries), index=build)
 
 
 def _evaluate_token(benchmark: "RetrievalSet", checkpoint: Path | None) -> dict:
@@ -422,7 +498,7 @@ def search(
     k: Annotated[int, typer.Option("-k", help="images per query")] = 10,
     per_image: Annotated[int, typer.Option(help="regions per image, overlapping ones suppressed")] = 1,
     min_score: Annotated[float, typer.Option(help="leave out hits with a lower score")] = -1.0,
-    refine: Annotated[int, typer.Option(help="refine the boxes of the first images of every query")] = 0,
+    refine: Annotated[int, typer.Option(min=0, help="refine the boxes of the first images of every query")] = 0,
     html_file: Annotated[Optional[Path], typer.Option("--html", help="write a page with pictures")] = None,
     json_file: JsonFile = None,
     checkpoint: Checkpoint = None,
@@ -509,10 +585,10 @@ def check(
     from patchify.folder_index import FolderIndex
     from patchify.store import check_store
 
-    parts = sorted(directory.glob("part-*")) if (directory / "images.parquet").exists() else [directory]
-    if parts != [directory]:
-        FolderIndex.open(directory)
-    problems = [problem for part in parts for problem in check_store(part)]
+    if not directory.is_dir():
+        raise ValueError(f"no such folder: {directory}")
+    is_index = any(any(directory.glob(name)) for name in ("images.parquet", "pending.parquet", "part-*"))
+    problems = FolderIndex.open(directory).check() if is_index else check_store(directory)
     if problems:
         print("\n".join(problems[1:]), file=sys.stderr, end="\n" * (len(problems) > 1))
         raise ValueError(problems[0])

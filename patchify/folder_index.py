@@ -9,6 +9,9 @@ __all__ = ['TABLE_VERSION', 'COLUMNS', 'FolderIndex', 'Changes', 'find_changes',
 import hashlib
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +32,7 @@ from .images import IMAGE_SUFFIXES, find_images, _open_bytes, open_image
 from .pyramid import cut_patches
 from .search import ExactIndex, SearchResult
 from .extraction import extract
-from .store import Store
+from .store import Store, check_store, read_manifest
 
 # %% ../nbs/core/19_folder_index.ipynb #c009
 TABLE_VERSION = 1
@@ -51,8 +54,17 @@ def _write_table(out: Path, images: pd.DataFrame, about: dict) -> None:
     about = about | {"version": TABLE_VERSION, "checksum": _checksum(images)}
     table = table.replace_schema_metadata({"patchify": json.dumps(about)})
     atomic_write(out / "images.parquet", lambda file: pq.write_table(table, file))
-    failures = images.loc[images["row"] < 0, ["path", "reason"]]
-    atomic_write(out / "failures.csv", lambda file: file.write(failures.to_csv(index=False).encode()))
+    atomic_write(out / "failures.csv", lambda file: file.write(_failures_csv(images)))
+
+
+def _failures_csv(images: pd.DataFrame) -> bytes:
+    "The images that could not be read, as a csv file."
+    return images.loc[images["row"] < 0, ["path", "reason"]].to_csv(index=False).encode()
+
+
+def _described_parts(images: pd.DataFrame) -> list[int]:
+    "Numbers of the stores that hold descriptors of images."
+    return sorted(set(images.loc[images["row"] >= 0, "part"]))
 
 
 def _checksum(images: pd.DataFrame) -> str:
@@ -111,7 +123,33 @@ class FolderIndex:
     @cached_property
     def stores(self) -> dict[int, Store]:
         "The stores that hold descriptors of these images, by number."
-        return {part: Store.open(_part_folder(self.path, part)) for part in sorted(set(self.readable["part"]))}
+        parts = _described_parts(self.images)
+        if not parts:
+            raise ValueError(f"{self.path} holds no descriptors: no image in {self.folder} could be read")
+        with self._with_remedy():
+            return {part: Store.open(_part_folder(self.path, part)) for part in parts}
+
+    @contextmanager
+    def _with_remedy(self) -> Iterator[None]:
+        "Damage of a store, reported with the command that repairs it."
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(self._damage(str(error))) from None
+
+    def _damage(self, problem: str) -> str:
+        "A problem of a store with the remedy for the index."
+        return f"{problem.rpartition(': ')[0]}: run `patchify index {self.folder} --out {self.path}` again to repair it"
+
+    def check(self) -> list[str]:
+        "Verify every file of the index: one sentence per problem, none if it is intact."
+        problems = []
+        for part in _described_parts(self.images):
+            problems += map(self._damage, check_store(_part_folder(self.path, part)))
+        failures = self.path / "failures.csv"
+        if not failures.exists() or failures.read_bytes() != _failures_csv(self.images):
+            problems.append(self._damage(f"{failures} is missing or was changed: "))
+        return problems
 
     @property
     def manifest(self) -> dict:
@@ -166,11 +204,12 @@ class FolderIndex:
             store = self.stores[part]
             alive = np.isin(store.rows, images["row"])
             start = 0
-            for block in store.descriptors():
-                keep = alive[start:start + len(block)]
-                start += len(block)
-                if keep.any():
-                    found.append(block if keep.all() else block[keep])
+            with self._with_remedy():
+                for block in store.descriptors():
+                    keep = alive[start:start + len(block)]
+                    start += len(block)
+                    if keep.any():
+                        found.append(block if keep.all() else block[keep])
         return found
 
     @cached_property
@@ -204,7 +243,8 @@ class FolderIndex:
     ) -> np.ndarray:  # (P, 4) float32 xyxy in pixels of the original image
         "The boxes of an image's patches."
         image = self.readable.iloc[place]
-        return self.stores[image["part"]].boxes(int(image["row"]))
+        with self._with_remedy():
+            return self.stores[image["part"]].boxes(int(image["row"]))
 
 
 def _part_folder(out: Path, part: int) -> Path:
@@ -288,43 +328,91 @@ def index_folder(
 def _update(folder: Path, out: Path, encoder: Encoder, regions: Regions) -> FolderIndex:
     "The update itself, while no other process writes."
     pending = out / "pending.parquet"
-    if pending.exists():
-        _encode(pd.read_parquet(pending), folder, out, encoder, regions)
+    unfinished = _read_pending(pending, folder)
+    if unfinished is not None:
+        _encode(unfinished, folder, out, encoder, regions)
     images = pd.DataFrame(columns=list(COLUMNS)).astype(COLUMNS)
     about = {}
-    if (out / "images.parquet").exists():
+    has_table = (out / "images.parquet").exists()
+    if has_table:
         images, about = _read_table(out)
+    _check_settings(out, images, encoder, regions)
+    images = _without_damaged(out, images)
+    _remove_unused(out, images)
     changes = find_changes(folder, images)
     if images.empty and changes.new.empty:
         raise ValueError(f"no images in {folder}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} and .tar files")
-    if not images.empty and (images["row"] >= 0).any():
-        _check_settings(FolderIndex(out, images, about), encoder, regions)
     about = {"next_id": 0, "next_part": 0} | about | {"folder": str(folder.resolve())}
-    if not images.empty:
+    if has_table:
         _write_table(out, changes.kept, about)
     if len(changes.new):
         new = changes.new.assign(id=np.arange(len(changes.new)) + about["next_id"], part=about["next_part"])
         atomic_write(pending, lambda file: new.to_parquet(file))
         _encode(new, folder, out, encoder, regions)
     index = FolderIndex.open(out)
-    for part in out.glob("part-*"):
-        if int(part.name.removeprefix("part-")) not in set(index.images["part"]):
-            shutil.rmtree(part)
+    _remove_unused(out, index.images)
     return index
 
 
-def _check_settings(index: FolderIndex, encoder: Encoder, regions: Regions) -> None:
+def _read_pending(pending: Path, folder: Path) -> pd.DataFrame | None:
+    "The images of an interrupted update; None if there is none, it is damaged, or its files have changed since."
+    if not pending.exists():
+        return None
+    try:
+        images = pd.read_parquet(pending)
+        changed = any(_file_changed(folder, image) for image in images.itertuples(index=False))
+    except (pa.ArrowException, OSError, ValueError, AttributeError):
+        changed = True
+    if changed:
+        pending.unlink()
+        return None
+    return images
+
+
+def _file_changed(folder: Path, image: tuple) -> bool:
+    "Whether the file of an image is gone or differs from its row in a table."
+    try:
+        stat = (folder / image.path.partition("::")[0]).stat()
+    except OSError:
+        return True
+    return (stat.st_size, stat.st_mtime_ns) != (image.size, image.mtime)
+
+
+def _without_damaged(out: Path, images: pd.DataFrame) -> pd.DataFrame:
+    "The rows of a table whose stores are intact; the images of the others are encoded again."
+    damaged = [part for part in _described_parts(images) if check_store(_part_folder(out, part))]
+    lost = images["part"].isin(damaged)
+    if damaged:
+        names = ", ".join(_part_folder(out, part).name for part in damaged)
+        tqdm.write(f"{out}: {names} cannot be read, {lost.sum()} images are encoded again", file=sys.stderr)
+    return images[~lost].reset_index(drop=True)
+
+
+def _remove_unused(out: Path, images: pd.DataFrame) -> None:
+    "Delete the stores that no image of a table refers to."
+    used = {_part_folder(out, part) for part in set(images["part"])}
+    for part in out.glob("part-*"):
+        if part not in used:
+            shutil.rmtree(part)
+
+
+def _check_settings(out: Path, images: pd.DataFrame, encoder: Encoder, regions: Regions) -> None:
     "Refuse to mix descriptors that cannot be compared."
     wanted = {"encoder": encoder.name, "weights": encoder.fingerprint}
-    for name, value in wanted.items():
-        if index.manifest[name] != value:
-            raise ValueError(
-                f"{index.path} was made with {name} {index.manifest[name]}, now it is {value}: "
-                "use the same encoder, or choose another folder for the index"
-            )
-    if index.regions != regions:
-        change = f"{index.path} was made with {index.regions}, now it is {regions}"
-        raise ValueError(f"{change}: choose another folder for the index")
+    for part in _described_parts(images):
+        try:
+            manifest = read_manifest(_part_folder(out, part))
+        except ValueError:
+            continue  # it is encoded again
+        for name, value in wanted.items():
+            if manifest[name] != value:
+                raise ValueError(
+                    f"{out} was made with {name} {manifest[name]}, now it is {value}: "
+                    "use the same encoder, or choose another folder for the index"
+                )
+        if Regions(**manifest["regions"]) != regions:
+            change = f"{out} was made with {Regions(**manifest['regions'])}, now it is {regions}"
+            raise ValueError(f"{change}: choose another folder for the index")
 
 
 def _encode(new: pd.DataFrame, folder: Path, out: Path, encoder: Encoder, regions: Regions) -> None:
@@ -343,8 +431,8 @@ def _encode(new: pd.DataFrame, folder: Path, out: Path, encoder: Encoder, region
         reasons = {}
     images, about = _read_table(out) if (out / "images.parquet").exists() else (None, {})
     if images is None or part not in set(images["part"]):  # not committed before an interruption
-        failed = pd.Series(rows < 0, index=new.index)
-        added = new.assign(row=rows, reason=new["path"].map(reasons).fillna("unreadable").where(failed, ""))
+        said = [reasons.get(path, "unreadable") if row < 0 else "" for path, row in zip(new["path"], rows)]
+        added = new.assign(row=rows, reason=said)
         images = added if images is None or images.empty else pd.concat([images, added], ignore_index=True)
         about = about | {"folder": str(folder.resolve()), "next_id": int(new["id"].max()) + 1, "next_part": part + 1}
         _write_table(out, images.astype(COLUMNS), about)
@@ -366,10 +454,11 @@ def best_regions(
     image = index.readable.iloc[place]
     store = index.stores[image["part"]]
     offset = int(np.searchsorted(store.rows, image["row"]))
-    for block in store.descriptors():
-        if offset < len(block):
-            break
-        offset -= len(block)
+    with index._with_remedy():
+        for block in store.descriptors():
+            if offset < len(block):
+                break
+            offset -= len(block)
     scores = block[offset].astype(np.float32) @ query
     boxes = index.boxes(place)
     chosen = []

@@ -77,7 +77,7 @@ def load_towers(
     open_clip = _open_clip()
     model_name, tag = TEXT_MODELS.get(name, (name, None))
     if model_name not in open_clip.list_models():
-        raise ValueError(f"unknown text model {name!r}: {suggest(name, [*TEXT_MODELS, *open_clip.list_models()])}")
+        raise ValueError(f"unknown text model {name!r}: {suggest(name, list(TEXT_MODELS))}")
     if tag is None and not checkpoint and not random_weights:
         raise ValueError(f"{name} names no weights: pass --checkpoint FILE, or --random-weights for a dry run")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

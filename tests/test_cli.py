@@ -6,17 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import restricted_pickle
-from patchify.data.folders import load_ilias
 from patchify.cli import main
-from patchify.encoder import Encoder
+from patchify.data.folders import load_ilias
+from patchify.boxes import Regions
+from patchify.data.registry import load
+from patchify.encoder import Encoder, load_encoder
+from patchify.evaluate import describe, metrics_dict, rank
+from patchify.refine import expand_queries
+from patchify.search import ExactIndex
 from patchify.metrics import ap_ilias
 
 
@@ -268,3 +275,128 @@ def test_interrupting_loses_nothing(command, data, tmp_path, stop):
     for out in ("index", "undisturbed"):
         assert command(*words, tmp_path / out).returncode == 0
     assert contents(tmp_path / "index") == contents(tmp_path / "undisturbed")
+
+
+def test_a_damaged_part_is_encoded_again(photos, capsys):
+    assert index(photos) == 0
+    out = photos.with_name("index")
+    picture = str(photos / "D0001.jpg")
+    assert main(["search", str(out), picture, "-k", "20"]) == 0
+    expected = capsys.readouterr().out.splitlines()[-12:]
+    for name in ("descriptors-00000.npy", "patches-00000.parquet", "manifest.json", "shards.csv"):
+        for content in (b"", None):
+            file = next(out.glob("part-*")) / name
+            if content is None:
+                file.unlink()
+            else:
+                file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+            assert main(["search", str(out), picture]) == 2
+            assert f"run `patchify index {photos} --out {out}` again" in capsys.readouterr().err
+            assert main(["check", str(out)]) == 2
+            assert index(photos) == 0
+            assert main(["check", str(out)]) == 0
+            capsys.readouterr()
+            assert main(["search", str(out), picture, "-k", "20"]) == 0
+            assert capsys.readouterr().out.splitlines() == expected
+    assert len(list(out.glob("part-*"))) == 1
+
+
+@pytest.mark.parametrize("spoil", ["damaged list", "changed image", "deleted image"])
+def test_an_interrupted_update_goes_on_after_changes(photos, monkeypatch, capsys, spoil):
+    assert index(photos) == 0
+    out = photos.with_name("index")
+    (photos / "D0003.jpg").rename(photos / "D0003.old")
+    for name in ("D0001.jpg", "D0002.jpg"):
+        Image.open(photos / name).rotate(90).save(photos / f"new{name}")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("patchify.extraction.Extraction.write", stop)
+        assert index(photos) == 130
+    if spoil == "damaged list":
+        (out / "pending.parquet").write_bytes(b"PAR1")
+    elif spoil == "changed image":
+        Image.open(photos / "D0005.jpg").save(photos / "newD0001.jpg")
+    else:
+        (photos / "newD0001.jpg").unlink()
+    assert index(photos) == 0
+    assert main(["check", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["search", str(out), str(photos / "newD0002.jpg"), "-k", "20"]) == 0
+    found = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert found[0] == "newD0002.jpg" and sorted(found) == sorted(path.name for path in photos.glob("*.jpg"))
+
+
+def measured(data: Path, tmp_path: Path, *words) -> dict:
+    "The figures of an evaluation of the tiny benchmark."
+    line = ["evaluate", "--dataset", "tiny", "--level", "2", "--data", data, "--json", tmp_path / "found.json", *words]
+    assert main([str(word) for word in line]) == 0
+    return json.loads((tmp_path / "found.json").read_text())
+
+
+@pytest.fixture
+def adaptation(tmp_path):
+    "A file like those of ILIAS: a rotation, or with `keep` the first components only."
+    def write(keep: int | None = None) -> Path:
+        rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(256, 256)))[0].astype(np.float32)
+        weight = torch.from_numpy(rotation[:keep])
+        torch.save({"layer.weight": weight, "layer.bias": torch.zeros(len(weight))}, tmp_path / "layer.pth")
+        return tmp_path / "layer.pth"
+
+    return write
+
+
+def test_descriptors_are_adapted_on_both_sides(data, tmp_path, adaptation, evaluated):
+    plain = evaluated[1]
+    for name in ("exact", "flat"):
+        rotated = measured(data, tmp_path, "--adapt", adaptation(), "--index", name)
+        assert rotated["map"] == pytest.approx(plain["map"], abs=0.5)  # a rotation keeps all scores
+    shorter = measured(data, tmp_path, "--adapt", adaptation(8))
+    assert shorter["map"] < plain["map"] and shorter["bytes_per_image"] == 14 * 8 * 4
+
+
+def test_queries_are_expanded_by_what_they_found(data, tmp_path, adaptation):
+    described = describe(load("tiny", data), load_encoder("mini"), Regions(level=2), data / "stores")
+    first = rank(described)
+    raw = ExactIndex(described.gallery.descriptors())
+    queries = expand_queries(described.queries, first.result, raw, 3)
+    expected = metrics_dict(rank(replace(described, queries=queries)))
+    found = measured(data, tmp_path, "--expand", 3)
+    assert found["map"] == pytest.approx(expected["map"]) and found["map"] != metrics_dict(first)["map"]
+    adapted = measured(data, tmp_path, "--expand", 3, "--adapt", adaptation())
+    assert adapted["map"] == pytest.approx(found["map"], abs=0.5)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--adapt", "layer.pth", "--index", "pq"], "--adapt works with --index exact or flat"),
+    (["--adapt", "layer.pth", "--rerank", "ames"], "--adapt cannot be combined with --rerank"),
+    (["--adapt", "none.pth"], "none.pth"),
+    (["--expand", "3", "--index", "flat"], "--expand works with --index exact"),
+    (["--expand", "3", "--rescore", "9"], "--expand cannot be combined with --rescore"),
+    (["--expand", "99"], "--expand 99: each query ranks only 36 images"),
+    (["--backbone", "token", "--expand", "1"], "--backbone token is evaluated as its authors do"),
+])
+def test_first_stage_options_that_do_not_fit(data, tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--dataset", "tiny", "--level", "2", "--data", str(data), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_adaptation_of_another_encoder_is_refused(data, tmp_path, capsys):
+    torch.save({"layer.weight": torch.eye(3), "layer.bias": torch.zeros(3)}, tmp_path / "layer.pth")
+    words = ["--adapt", str(tmp_path / "layer.pth")]
+    assert main(["evaluate", "--dataset", "tiny", "--level", "2", "--data", str(data), *words]) == 2
+    assert "takes descriptors of 3 components, mini gives" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_readable_image_is_said_to_be_one(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/broken.jpg").write_bytes(b"no image")
+    assert index(tmp_path / "photos") == 0
+    assert "1 could not be read" in capsys.readouterr().out
+    assert main(["search", str(tmp_path / "index"), str(tmp_path / "photos/broken.jpg")]) == 2
+    assert "no image in" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "index")]) == 0
+    assert index(tmp_path / "photos") == 0
