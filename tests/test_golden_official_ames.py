@@ -1,4 +1,5 @@
 """Released AMES re-rankers: filled checkpoints, wrapped as released and loaded from a file, give the official outputs."""
+import copy
 import json
 
 import pytest
@@ -30,8 +31,9 @@ def test_sizes_are_those_of_the_released_model(released):
 
 @torch.no_grad()
 def test_logits_and_token(released):
-    golden, model = released
-    query, gallery = golden["src"], golden["tgt"]
+    golden, model = released  # in float64: one half-precision rounding that flips would exceed the tolerance
+    model = copy.deepcopy(model).double()
+    query, gallery = golden["src"].double(), golden["tgt"].double()
     query_valid, gallery_valid = ~golden["src_mask"], ~golden["tgt_mask"]
     tokens = model.match(model.remap(query), model.remap(gallery), query_valid, gallery_valid)
     golden.check("token_row", tokens[:, 0])
