@@ -355,8 +355,8 @@ def _first_stage(
 
     if adapter:
         described = replace(described, queries=adapter(described.queries))
-    build = build_adapted if adapter else build
-    run = rank(described, index=build, rescore_top=rescore)
+    builder = build_adapted if adapter else build
+    run = rank(described, index=builder, rescore_top=rescore)
     if not expand:
         return run
     listed = run.result.ranks.shape[1]
@@ -364,7 +364,7 @@ def _first_stage(
         raise ValueError(f"--expand {expand}: each query ranks only {listed} images")
     raw = ExactIndex(described.gallery.descriptors(), described.gallery.rows)
     queries = expand_queries(described.queries, run.result, raw, expand, adapter or np.asarray)
-    return rank(replace(described, queries=queries), index=build)
+    return rank(replace(described, queries=queries), index=builder)
 
 
 def _evaluate_token(benchmark: "RetrievalSet", checkpoint: Path | None) -> dict:

@@ -273,6 +273,17 @@ def _digest(path: str) -> str:
     return digest.hexdigest()
 
 
+def _file_state(folder: Path, path: str, before: tuple | None) -> dict:
+    "Path, size, time and digest of a file; size and time are -1 if it cannot be read, as behind a broken link."
+    try:
+        stat = (folder / path.partition("::")[0]).stat()
+        unchanged = before is not None and (before.size, before.mtime) == (stat.st_size, stat.st_mtime_ns)
+        digest = before.digest if unchanged else _digest(str(folder / path))
+        return {"path": path, "size": stat.st_size, "mtime": stat.st_mtime_ns, "digest": digest}
+    except OSError:
+        return {"path": path, "size": -1, "mtime": -1, "digest": ""}
+
+
 def find_changes(
     folder: str | Path,  # the images
     images: pd.DataFrame,  # the table of the index so far
@@ -282,15 +293,14 @@ def find_changes(
     known = {row.path: row for row in images.itertuples(index=False)}
     kept, new = [], []
     for _, path in tqdm(find_images(folder), "listing", unit="image", disable=None):
-        stat = (folder / path.partition("::")[0]).stat()
-        file = {"path": path, "size": stat.st_size, "mtime": stat.st_mtime_ns}
         before = known.get(path)
-        if before is not None and (before.size, before.mtime) == (stat.st_size, stat.st_mtime_ns):
+        file = _file_state(folder, path, before)
+        if before is not None and (before.size, before.mtime) == (file["size"], file["mtime"]):
             kept.append(before._asdict())
             known.pop(path)
         else:
-            new.append(file | {"digest": _digest(str(folder / path))})
-    by_content = {row.digest: row for row in known.values()}  # not at their old place with their old time
+            new.append(file)
+    by_content = {row.digest: row for row in known.values() if row.digest}  # not at their old place with their old time
     encode = []
     for file in new:
         before = by_content.pop(file["digest"], None)
@@ -371,6 +381,8 @@ def _read_pending(pending: Path, folder: Path) -> pd.DataFrame | None:
 
 def _file_changed(folder: Path, image: tuple) -> bool:
     "Whether the file of an image is gone or differs from its row in a table."
+    if image.size < 0:
+        return False  # it could not be read
     try:
         stat = (folder / image.path.partition("::")[0]).stat()
     except OSError:

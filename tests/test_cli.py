@@ -400,3 +400,14 @@ def test_a_folder_without_a_readable_image_is_said_to_be_one(tmp_path, capsys):
     assert "no image in" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "index")]) == 0
     assert index(tmp_path / "photos") == 0
+
+
+def test_a_broken_link_is_a_failed_image_and_read_when_it_is_repaired(photos, capsys):
+    (photos / "link.jpg").symlink_to(photos.with_name("later.jpg"))
+    for _ in range(2):
+        assert index(photos) == 0
+        assert "1 could not be read" in capsys.readouterr().out
+    assert "link.jpg" in (photos.with_name("index") / "failures.csv").read_text()
+    Image.open(photos / "D0001.jpg").rotate(90).save(photos.with_name("later.jpg"))
+    assert index(photos) == 0
+    assert "could not be read" not in capsys.readouterr().out
