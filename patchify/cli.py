@@ -239,6 +239,12 @@ def evaluate(
         Optional[int], typer.Option(min=1, help="images re-ranked; LOCORE slides a window over long lists")
     ] = None,
     protocol: Annotated[Optional[str], typer.Option(help="how to evaluate; default: the data set's protocol")] = None,
+    iou: Annotated[str, typer.Option(help="threshold of LocScore: default (0.4) or average (0.2 to 0.6)")] = "default",
+    top_k: Annotated[Optional[str], typer.Option(help="report R@k for these k, such as 1,5,10")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="patches per forward pass")] = 64,
+    visualize: Annotated[
+        Optional[Path], typer.Option(help="write the first results of the first 20 queries as pictures to this folder")
+    ] = None,
     device: Device = None,
     data: Data = Path("data"),
     json_file: JsonFile = None,
@@ -249,6 +255,8 @@ def evaluate(
     "Measure retrieval and localisation on a data set, by its protocol."
     _check_choice("--regions", regions, ("pyramid", "grid", "sliding", "random", "pool"))
     _check_choice("--index", index, INDEXES)
+    _check_choice("--iou", iou, ("default", "average"))
+    cutoffs = _parse_cutoffs(top_k)
     if rerank:
         _check_choice("--rerank", rerank, RERANKERS)
     elif rerank_top_k:
@@ -278,11 +286,15 @@ def evaluate(
     reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     adapter = _load_adapter(adapt, encoder)
     benchmark = load(dataset, data, protocol)
-    described = describe(benchmark, encoder, scheme, data / "stores")
+    if cutoffs:
+        benchmark = benchmark.under(replace(benchmark.protocol, recalls=cutoffs))
+    described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
     run = _first_stage(described, _index_builder(index, settings, described, data), rescore, adapter, expand)
     if reranker:
         run = reranker(run, encoder, data)
     found = metrics_dict(run)
+    if iou != "default":
+        found |= _locscores(run, iou)
     found["provenance"] = provenance(
         dataset=dataset,
         data=benchmark.fingerprint,
@@ -302,6 +314,8 @@ def evaluate(
     print(_summary(run.described.benchmark.name, found))
     if json_file:
         _write_text(json_file, json.dumps(found, indent=1))
+    if visualize:
+        _draw_results(run, visualize)
     if export:
         export.parent.mkdir(parents=True, exist_ok=True)
         queries = run.described.benchmark.queries["id"]
@@ -365,6 +379,43 @@ def _first_stage(
     raw = ExactIndex(described.gallery.descriptors(), described.gallery.rows)
     queries = expand_queries(described.queries, run.result, raw, expand, adapter or np.asarray)
     return rank(replace(described, queries=queries), index=builder)
+
+
+def _parse_cutoffs(text: str | None) -> tuple[int, ...]:
+    "The k of `--top-k 1,5,10`, ascending."
+    try:
+        cutoffs = tuple(sorted({int(part) for part in text.split(",")})) if text else ()
+    except ValueError:
+        cutoffs = (0,)
+    if cutoffs and cutoffs[0] < 1:
+        raise ValueError(f"--top-k {text}: write whole numbers of at least 1, such as 1,5,10")
+    return cutoffs
+
+
+def _locscores(run: "Retrieval", iou: str) -> dict:
+    "LocScore at another threshold, in percent, None where unknown."
+    import numpy as np
+
+    found = {}
+    for weight in ("iou", "hit"):
+        values = run.locscores(iou, weight)
+        known = values[~np.isnan(values)]
+        found[f"locscore_{weight}"] = round(100 * float(known.mean()), 4) if len(known) else None
+    return found
+
+
+def _draw_results(run: "Retrieval", folder: Path, queries: int = 20) -> None:
+    "The first results of the first queries as pictures, one file each."
+    import matplotlib.pyplot as plt
+
+    from patchify.pages.figures import result_panels, retrieval_strip
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for query in range(min(queries, len(run.result.ranks))):
+        name = str(run.described.benchmark.queries["id"].iloc[query])
+        figure = retrieval_strip(run.described.query_image(query), result_panels(run, query), name)
+        figure.savefig(folder / f"{query:04d}.png")
+        plt.close(figure)
 
 
 def _evaluate_token(benchmark: "RetrievalSet", checkpoint: Path | None) -> dict:
