@@ -52,7 +52,7 @@ def _write_table(out: Path, images: pd.DataFrame, about: dict) -> None:
     "Replace the table of an index by one rename."
     table = pa.Table.from_pandas(images[list(COLUMNS)], preserve_index=False)
     about = about | {"version": TABLE_VERSION, "checksum": _checksum(images)}
-    table = table.replace_schema_metadata({"patchify": json.dumps(about)})
+    table = table.replace_schema_metadata({"patchify": json.dumps(about, sort_keys=True)})
     atomic_write(out / "images.parquet", lambda file: pq.write_table(table, file))
     atomic_write(out / "failures.csv", lambda file: file.write(_failures_csv(images)))
 
