@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'MAX_MEMBER_BYTES', 'MAX_PIXELS', 'IMAGE_SUFFIXES', 'TEXT_SUFFIXES', 'COMPRESSED_TAR', 'pixel_limit',
-           'split_member', 'open_image', 'image_size', 'find_images']
+           'split_member', 'open_image', 'image_size', 'check_folder', 'find_images']
 
 # %% ../nbs/core/01_images.ipynb #c003
 import io
@@ -227,6 +227,18 @@ def _tar_images(path: Path, relative: str) -> Iterator[tuple[str, str]]:
     for member in members:
         if Path(member).suffix.lower() in IMAGE_SUFFIXES and _in_unicode(member):
             yield f"{path.name}/{os.path.splitext(member)[0]}", f"{relative}::{member}"
+
+
+def check_folder(
+    folder: str | Path,  # what a user typed
+) -> Path:  # the same
+    "Raise ValueError if a folder is missing, a file, or a URL."
+    refuse_url(folder)
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = f"{printable(folder)} is a file: a folder of images is needed"
+        raise ValueError(problem if folder.exists() else f"no such folder: {printable(folder)}")
+    return folder
 
 
 def find_images(

@@ -8,6 +8,7 @@ __all__ = ['MAGIC', 'FLAGS', 'save_index', 'open_index', 'load_or_build_index', 
 # %% ../nbs/core/18_indexfiles.ipynb #c003
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import BinaryIO
 import numpy as np
 
 from .compress import CompressedIndex, PQIndex, faiss
-from .files import atomic_write, cache_key
+from .files import RunningChecksum, atomic_write, cache_key, checksum
 from .ivf import IVFPQIndex
 from .search import as_blocks, as_gallery_ids
 
 # %% ../nbs/core/18_indexfiles.ipynb #c009
-MAGIC = b"patchify-index-2"
+MAGIC = b"patchify-index-3"
 FLAGS = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | faiss.IO_FLAG_PQ_SKIP_SDC_TABLE
 
 
@@ -37,10 +38,17 @@ def save_index(
     head = dict(kind=type(index).__name__, n_patches=index.n_patches, dim=index.dim, settings=settings)
 
     def write(file: BinaryIO) -> None:
-        faiss.write_index(index.index, faiss.PyCallbackIOWriter(file.write))
+        running = RunningChecksum()
+
+        def put(content: bytes) -> int:
+            running.update(content)
+            return file.write(content)
+
+        faiss.write_index(index.index, faiss.PyCallbackIOWriter(put))
         text = json.dumps(head).encode()
         lengths = np.array([file.tell(), 8 * len(index), len(text)], "<u8")
-        file.write(index.gallery_ids.astype("<i8").tobytes() + text + lengths.tobytes() + MAGIC)
+        put(index.gallery_ids.astype("<i8").tobytes() + text + lengths.tobytes())
+        file.write(running.hexdigest().encode() + MAGIC)
 
     return atomic_write(path, write)
 
@@ -48,16 +56,22 @@ def save_index(
 def open_index(
     path: str | Path,  # from `save_index`
 ) -> CompressedIndex:
-    "Open a saved index. Its inverted lists stay on disk until it is changed."
+    "Open a saved index, verified. Its inverted lists stay on disk until it is changed."
     path = Path(path)
-    tail = 24 + len(MAGIC)
+    remedy = "delete it and repeat the command that made it"
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not an index" if path.is_dir() else f"no such index: {path}")
+    tail = 24 + 16 + len(MAGIC)
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - tail))
         end = file.read()
-        lengths = np.frombuffer(end[:24], "<u8").astype(int) if len(end) == tail else np.zeros(3, int)
+        lengths = np.frombuffer(end[:24], "<u8").astype(float) if len(end) == tail else np.zeros(3)
         if not end.endswith(MAGIC) or lengths.sum() + tail != size:
-            raise ValueError(f"{path} is not an index of this version of patchify, or was cut short")
+            raise ValueError(f"{path} is not an index of this version of patchify, or was cut short: {remedy}")
+        lengths = lengths.astype(int)
+        if checksum(np.memmap(path, np.uint8, mode="r")[: size - 16 - len(MAGIC)]) != end[24:40].decode("latin1"):
+            raise ValueError(f"{path} is damaged, its checksum differs: {remedy}")
         file.seek(lengths[0])
         ids = np.frombuffer(file.read(lengths[1]), "<i8").astype(np.int64)
         head = json.loads(file.read(lengths[2]))
@@ -69,10 +83,21 @@ def open_index(
     try:
         index.index = faiss.read_index(str(path), FLAGS)
     except RuntimeError as error:
-        raise ValueError(f"{path} is damaged: {str(error).rsplit(': ', 1)[-1]}") from None
+        raise ValueError(f"{path} is damaged ({str(error).rsplit(': ', 1)[-1]}): {remedy}") from None
     return index
 
 # %% ../nbs/core/18_indexfiles.ipynb #c012
+def _open_sound(path: Path) -> CompressedIndex | None:
+    "A saved index; None if there is none, or if it is damaged, which is reported on stderr."
+    if not path.is_file():
+        return None
+    try:
+        return open_index(path)
+    except ValueError as error:
+        print(f"{str(error).rpartition(': ')[0]}: it is built again now", file=sys.stderr)
+        return None
+
+
 def load_or_build_index(
     index: CompressedIndex,  # settings, not trained yet
     descriptors: np.ndarray | Sequence[np.ndarray],  # gallery (n, P, D) or blocks of it
@@ -91,9 +116,10 @@ def load_or_build_index(
         gallery_ids=hashlib.sha256(ids.tobytes()).hexdigest(), shape=list(blocks[0].shape[1:]),
         levels=None if levels is None else np.asarray(levels).tolist())
     path = Path(folder) / f"{key}.index"
-    if not path.exists():
+    found = _open_sound(path)
+    if found is None:
         save_index(index.train(blocks, levels).add(blocks, ids), path)
-    found = open_index(path)
+        found = open_index(path)
     if hasattr(index, "n_probe"):
         found.n_probe = index.n_probe
     return found

@@ -42,14 +42,19 @@ def index(
     from patchify.encoder import load_encoder
     from patchify.folder_index import index_folder
 
+    from patchify.messages import refuse_url
+
     regions = Regions("pyramid", level)
+    for path in (folder, out, checkpoint or ""):
+        refuse_url(path)
     if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
+        raise ValueError(f"{folder} is a file: name a folder" if folder.exists() else f"no such folder: {folder}")
     encoder = load_encoder(backbone, checkpoint, random_weights, device, size=size, aspect=aspect)
     try:
         found = index_folder(folder, out, encoder, regions)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted: the same command goes on where it stopped") from None
+    except KeyboardInterrupt as stop:
+        word = str(stop).partition(":")[0] or "interrupted"
+        raise KeyboardInterrupt(f"{word}: the same command goes on where it stopped") from None
     failed = len(found.images) - len(found)
     note = f"; {failed} could not be read, see {out / 'failures.csv'}" if failed else ""
     print(f"{len(found)} images x {regions.count} patches in {out}{note}")
@@ -110,12 +115,18 @@ def search(
         raise ValueError(f"-k must be at least 1, got {k}")
     if per_image < 1:
         raise ValueError(f"--per-image must be at least 1, got {per_image}")
+    if min_score != min_score:
+        raise ValueError("--min-score nan: write a number")
     from patchify.folder_index import FolderIndex
     from patchify.images import open_image
+    from patchify.messages import refuse_url
     from patchify.pages.results import QueryHits, results_page
 
     if (text is None) == (not images):
         raise ValueError("name query images or a sentence with --text, one of the two")
+    refuse_url(directory)
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file: name the folder of an index")
     opened = FolderIndex.open(directory)
     queries = []
     if text:
@@ -135,15 +146,32 @@ def search(
             query = opened.describe(encoder, image, corners)
             hits = _keep(opened, query, k, per_image, min_score)
             if refine:
-                hits = [_refined(opened, encoder, query[0], hit) for hit in hits[:refine]] + hits[refine:]
+                outdated = opened.outdated(hit["path"] for hit in hits)
+                hits = [
+                    hit if hit["path"] in outdated else _refined(opened, encoder, query[0], hit)
+                    for hit in hits[:refine]
+                ] + hits[refine:]
             queries.append(QueryHits(str(file), image, corners, hits))
             _print_hits(queries[-1], alone=len(files) == 1)
+    _report_outdated(opened, queries)
     if json_file:
         found = [query.hits for query in queries]
         write_text(json_file, json.dumps(found if len(found) > 1 else found[0], indent=1))
     if html_file:
         about = f"{opened.manifest['encoder']}, L{opened.regions.level}, exact search over {len(opened)} images"
         write_text(html_file, results_page(queries, opened.folder, about))
+
+
+def _report_outdated(index: "FolderIndex", queries: list["QueryHits"]) -> None:
+    "Say which images have changed or gone since they were indexed."
+    from patchify.messages import printable
+
+    outdated = index.outdated(hit["path"] for query in queries for hit in query.hits)
+    if outdated:
+        others = f" and {len(outdated) - 1} more" if len(outdated) > 1 else ""
+        remedy = f"run `patchify index {index.folder} --out {index.path}` again"
+        message = f"{outdated[0]}{others} changed since the folder was indexed: {remedy}"
+        print(printable(message), file=sys.stderr)
 
 
 def _keep(index: "FolderIndex", query: "np.ndarray", k: int, per_image: int, min_score: float) -> list[dict]:
@@ -167,12 +195,14 @@ def _refined(index: "FolderIndex", encoder: "Encoder", query: "np.ndarray", hit:
 
 def _print_hits(query: "QueryHits", alone: bool) -> None:
     "The hits of one query as a small table, or as a line of JSON where there are several queries."
+    from patchify.messages import printable
+
     if not alone:
         print(json.dumps({"query": query.name, "hits": query.hits}))
         return
     for hit in query.hits:
         box = ",".join(f"{value:.0f}" for value in hit["box"])
-        print(f"{hit['score']:.3f}  {box:>20}  {hit['path']}")
+        print(f"{hit['score']:.3f}  {box:>20}  {printable(hit['path'])}")
 
 # %% ../../nbs/commands/82_folders.ipynb #c017
 @app.command()
@@ -184,7 +214,8 @@ def check(
     from patchify.store import check_store
 
     if not directory.is_dir():
-        raise ValueError(f"no such folder: {directory}")
+        problem = f"{directory} is a file: name the folder of an index or a store"
+        raise ValueError(problem if directory.exists() else f"no such folder: {directory}")
     is_index = any(any(directory.glob(name)) for name in ("images.parquet", "pending.parquet", "part-*"))
     problems = FolderIndex.open(directory).check() if is_index else check_store(directory)
     if problems:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .lists import as_numbers, read_lines
-from ..images import IMAGE_SUFFIXES, find_images, image_size
+from ..images import IMAGE_SUFFIXES, check_folder, find_images, image_size
 from ..retrieval_set import RetrievalSet
 
 # %% ../../nbs/data/20_folders.ipynb #c008
@@ -79,12 +79,19 @@ def read_taxonomy(
         for category, middle in json.loads(file.read_text(encoding="utf-8-sig")).items():
             for subcategory, leaves in middle.items():
                 for names in leaves.values():
-                    known |= {name: (category, f"{category}-{subcategory}") for name in _texts(names)}
-    except (ValueError, AttributeError, TypeError) as error:
+                    _add_instances(known, _texts(names), category, f"{category}-{subcategory}")
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         reason = f": {error}" if isinstance(error, ValueError) else ""
         expected = "category -> subcategory -> kind -> list of instances"
         raise ValueError(f"{file} is not a taxonomy, {expected}{reason}") from None
     return known
+
+
+def _add_instances(known: dict, names: list[str], category: str, subcategory: str) -> None:
+    "Add the instances of one kind; none may be in two categories."
+    for name in names:
+        if known.setdefault(name, (category, subcategory)) != (category, subcategory):
+            raise ValueError(f"{name!r} is listed twice, in {known[name][1]} and {subcategory}")
 
 
 def _texts(names: object) -> list[str]:
@@ -121,9 +128,7 @@ def load_ilias(
     distractors: str = "all",  # all: those on disk; mini: those of mini_ilias_yfcc100m_ids.txt; none
 ) -> RetrievalSet:
     "Read a data set in ILIAS layout. Raises ValueError naming the file, and the line, of what is wrong."
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
+    folder = check_folder(folder)
     if distractors not in ("all", "mini", "none"):
         raise ValueError(f"distractors must be all, mini or none, got {distractors!r}")
     core = folder / "ilias_core" if (folder / "ilias_core").is_dir() else folder
@@ -197,7 +202,7 @@ def read_text_queries(
     texts = {}
     for text_id in read_ids(listed) if listed.exists() else found:
         if text_id not in found:
-            raise ValueError(f"{text_id} is in {listed}, but there is no such file in {core}")
+            raise ValueError(f"{listed} lists {text_id}, but there is no such file in {core}")
         content = (core / text_id).read_bytes()
         try:
             texts[text_id] = content.decode("utf-8-sig")
@@ -210,9 +215,7 @@ def load_folder(
     folder: str | Path,  # searched recursively
 ) -> RetrievalSet:  # with an empty query table
     "Any folder of images as a gallery without queries."
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
+    folder = check_folder(folder)
     found = list(find_images(folder))
     if not found:
         raise ValueError(f"no images in {folder}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} and .tar files")
