@@ -258,7 +258,8 @@ def _usable_device(device: torch.device | str | None) -> torch.device:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
     return device
 
 # %% ../nbs/core/04_encoder.ipynb #c034

@@ -89,6 +89,9 @@ def _read_table(out: Path) -> tuple[pd.DataFrame, dict]:
         raise ValueError(f"{out} holds no index, or its first update is unfinished: {remedy}")
     remedy = f"{file} is damaged: run `patchify index FOLDER --out {out}` again to repair it"
     try:
+        with open(file, "rb") as opened:
+            if opened.read(4) != b"PAR1":
+                raise DamagedTable(remedy)
         table = pq.read_table(file)
         about = json.loads(table.schema.metadata[b"patchify"])
         images = table.to_pandas().astype(COLUMNS)

@@ -51,9 +51,18 @@ def _check_pixels(image: Image.Image, limit: int) -> None:
         raise Image.DecompressionBombError
 
 
-@lru_cache(maxsize=256)
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
-    "Offset and length of each file in an uncompressed tar, without sparse members."
+    "Offset and length of each file in an uncompressed tar, without sparse members; read again when the tar has changed."
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    return _list_members(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _list_members(path: Path, size: int, changed: int) -> dict[str, tuple[int, int]]:
+    "The same for a tar of this size and time."
     try:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar if member.isfile() and not member.issparse()]

@@ -106,7 +106,9 @@ def _core_side(core: Path, images: list[str], side: str, listed: dict | None, dr
     found = dict.fromkeys(image_id for image_id in images if Path(image_id).parts[1:-1] == (side,))
     for image_id in listed or {}:
         if image_id not in found:
-            raise ValueError(f"{image_id} is in the image_ids of {core.parent}, but there is no such file in {core}")
+            listing = {"query": "image_query_ids.txt", "pos": "positive_ids.txt"}[side]
+            file = core.parent / "image_ids" / listing
+            raise ValueError(f"{file} lists {image_id}, but there is no such file in {core}")
     rows = []
     for image_id in found if listed is None else listed:
         box_file = (core / image_id).with_name(Path(image_id).stem + "_bbox.txt")

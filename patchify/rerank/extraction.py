@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..images import open_image
+from ..messages import Progress
 from .backbones import DINOv2, load_cvnet, load_detector, load_dinov2
 
 # %% ../../nbs/rerank/41_extraction.ipynb #c006
@@ -247,7 +247,7 @@ def write_descriptors(
         raise ValueError(f"{len(files)} files need as many boxes, got {len(boxes)}")
     vectors = {}
     with h5py.File(part, "w") as written:
-        for i, (file, box) in enumerate(zip(tqdm(files, "descriptors", unit="image", disable=None), boxes)):
+        for i, (file, box) in enumerate(zip(Progress(files, "descriptors", unit="image"), boxes)):
             table, described = extractor(np.asarray(open_image(file).convert("RGB")), box)
             if not i:
                 features = written.create_dataset("features", (len(files), *table.shape), dtype)

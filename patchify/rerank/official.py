@@ -81,7 +81,11 @@ def _open_features(path: Path):
     except OSError as error:
         reason = "no such file" if not path.exists() else "it is damaged or no HDF5 file"
         raise ValueError(f"cannot open {path}: {reason}; expected HDF5 with an array named features") from error
-    if "features" not in file:
+    try:
+        is_there = "features" in file
+    except RuntimeError:
+        is_there = False  # a link to itself
+    if not is_there:
         raise ValueError(f"{path} has no array named features, only {', '.join(file) or 'nothing'}")
     if isinstance(file.get("features", getlink=True), h5py.ExternalLink):
         raise ValueError(f"{path}: features is a link to another file: put the array into this one")

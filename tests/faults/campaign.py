@@ -15,7 +15,7 @@ from patchify.cli import main
 
 BARE_ERRORS = re.compile(
     r"Traceback|KeyError|IndexError|AttributeError|TypeError|UnicodeDecodeError|invalid literal|not subscriptable"
-    r"|list index|out of range|unpack|has no attribute|Errno|snappy|<_io|0x[0-9a-f]{6}|NoneType")
+    r"|list index|out of range|to unpack|has no attribute|Errno|snappy|<_io|0x[0-9a-f]{6}|NoneType")
 READ_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
@@ -63,7 +63,8 @@ class World:
         err = io.StringIO()
         try:
             with contextlib.redirect_stderr(err):
-                return Outcome(0, err=err.getvalue(), value=function(*arguments, **options))
+                value = function(*arguments, **options)
+            return Outcome(0, err=err.getvalue(), value=value)
         except READ_ERRORS as error:
             return Outcome(2, err=f"{err.getvalue()}{error}")
         except KeyboardInterrupt as error:

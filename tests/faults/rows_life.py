@@ -172,12 +172,23 @@ def without_guard(world, line):
     return process(world, sys.executable, script)
 
 
+def wait_for_handler(process):
+    "Wait until a process handles SIGTERM: the interpreter has started, and the command has begun."
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.01)
+
+
 def process(world, *words, signals=(), **environment):
-    "A process of its own; `signals` are (seconds, signal)."
+    "A process of its own; `signals` are (seconds since its begin, signal)."
     variables = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | environment
     started = subprocess.Popen([str(word) for word in words], cwd=world.path, env=variables, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for seconds, number in signals:
+        wait_for_handler(started)
         time.sleep(seconds)
         started.send_signal(number)
     out, err = started.communicate(timeout=100)
@@ -211,7 +222,7 @@ def signalled(seconds, number):
 
 CASES += [Case(f"{name} after {seconds} s", signalled(seconds, number), "patchify: (interrupted|terminated|stopped)", 130,
                lambda world: None)
-          for seconds in (0.25, 0.6, 1.2, 2.5) for name, number in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM))]
+          for seconds in (0, 0.3, 1, 2.5) for name, number in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM))]
 
 
 # OUTPUT
