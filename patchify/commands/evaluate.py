@@ -22,6 +22,7 @@ from patchify.commands.app import (
 )
 
 if TYPE_CHECKING:
+    from patchify.boxes import Regions
     from patchify.compress import CompressedIndex
     from patchify.encoder import Encoder
     from patchify.evaluate import Described, Retrieval
