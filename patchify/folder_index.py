@@ -388,8 +388,10 @@ def _update(folder: Path, out: Path, encoder: Encoder, regions: Regions) -> Fold
     if has_table:
         _remove_unused(out, images)
     changes = find_changes(folder, images)
-    if images.empty and changes.new.empty:
-        raise ValueError(f"no images in {folder}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} and .tar files")
+    if changes.kept.empty and changes.new.empty:
+        endings = f"looked for {', '.join(sorted(IMAGE_SUFFIXES))} and .tar files"
+        kept = "" if images.empty else f"; {out} is kept as it is"
+        raise ValueError(f"no images in {folder}: {endings}{kept}")
     about = {"next_id": 0, "next_part": 0} | about | {"folder": str(folder.resolve())}
     if has_table:
         _write_table(out, changes.kept, about)

@@ -7,6 +7,7 @@ __all__ = ['app', 'Backbone', 'Checkpoint', 'RandomWeights', 'Size', 'Aspect', '
            'Commands', 'check_target', 'check_choice', 'write_text']
 
 # %% ../../nbs/commands/80_app.ipynb #c003
+import errno
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,10 @@ class Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC and not str(error).startswith("cannot write"):
+                # the interpreter flushes standard output once more, as above
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                error = OSError("cannot write to standard output: its disk is full")
             print(f"patchify: {_sentence(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:

@@ -210,12 +210,12 @@ def check(
     directory: Annotated[Path, typer.Argument(help="an index or a store")],
 ):
     "Verify all checksums of an index or a store."
-    from patchify.folder_index import FolderIndex
-    from patchify.store import check_store
-
     if not directory.is_dir():
         problem = f"{directory} is a file: name the folder of an index or a store"
         raise ValueError(problem if directory.exists() else f"no such folder: {directory}")
+    from patchify.folder_index import FolderIndex
+    from patchify.store import check_store
+
     is_index = any(any(directory.glob(name)) for name in ("images.parquet", "pending.parquet", "part-*"))
     problems = FolderIndex.open(directory).check() if is_index else check_store(directory)
     if problems:

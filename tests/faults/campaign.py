@@ -30,25 +30,25 @@ class Outcome:
 
 @dataclass
 class World:
-    "A folder of its own for each row, and what all rows share."
-    path: Path  # an empty folder
-    shared: Path  # read only: photos/, index/ of these photos, tiny/
+    "The folder that a row acts in, empty at its start, and what all rows share."
+    path: Path  # the same for all rows, so that an index of the photographs in it can be copied
+    shared: Path  # read only: photos/, index/ of these photos at level 1, tiny/
+    found: str = ""  # what a search of this index prints
     memory: dict = field(default_factory=dict)  # from the action to the invariant
 
     def photos(self) -> Path:
         "A copy of the photographs, with the same times."
-        folder = self.path / "photos"
-        if not folder.exists():
-            shutil.copytree(self.shared / "photos", folder)
-        return folder
+        return self._copy("photos")
 
     def index(self) -> Path:
         "An index of these photographs."
-        folder = self.path / "index"
-        if not folder.exists():
-            self.photos()
-            assert self.run("index", self.photos(), "--out", folder, "--level", 1).code == 0
-        return folder
+        self.photos()
+        return self._copy("index")
+
+    def _copy(self, name: str) -> Path:
+        if not (self.path / name).exists():
+            shutil.copytree(self.shared / name, self.path / name)
+        return self.path / name
 
     def run(self, *words: object) -> Outcome:
         "One command line, in this process."

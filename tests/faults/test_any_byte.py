@@ -22,7 +22,8 @@ EVERY = os.environ.get("PATCHIFY_FAULTS") == "all"  # each byte, as `make faults
 def made(tmp_path_factory, shared) -> Path:
     "An index of eight photographs and a compressed index."
     folder = tmp_path_factory.mktemp("bytes")
-    World(folder, shared).index()
+    world = World(folder, shared)
+    assert world.run("index", world.photos(), "--out", folder / "index", "--level", 1).code == 0
     values = np.random.default_rng(0).standard_normal((40, 4, 8), dtype=np.float32)
     save_index(PQIndex(n_subvectors=4, n_bits=3).train([values]).add([values]), folder / "small.index")
     return folder
