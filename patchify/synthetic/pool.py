@@ -18,11 +18,6 @@ from ..messages import Progress
 _GUARD = 'if __name__ == "__main__":'
 
 
-def _ignore_interrupts() -> None:
-    "Leave Ctrl-C to the process that started this one."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def run_tasks(
     function: Callable,  # of one task; importable by its name
     tasks: Sequence,  # its arguments
@@ -49,7 +44,8 @@ def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Iterator
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ValueError(f"processes cannot be started while a script is imported: put its calls under {_GUARD}")
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, max(len(tasks), 1)), context, _ignore_interrupts)
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the arguments of signal.signal in every process
+    pool = ProcessPoolExecutor(min(workers, max(len(tasks), 1)), context, signal.signal, ignore_interrupts)
     try:
         yield from pool.map(function, tasks, chunksize=4)
     except BrokenProcessPool:
