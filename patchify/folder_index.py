@@ -7,6 +7,7 @@ __all__ = ['TABLE_VERSION', 'COLUMNS', 'DamagedTable', 'FolderIndex', 'Changes',
 
 # %% ../nbs/core/19_folder_index.ipynb #c003
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -50,13 +51,19 @@ COLUMNS = {
 }
 
 
-def _write_table(out: Path, images: pd.DataFrame, about: dict) -> None:
-    "Replace the table of an index by one rename."
+def _table_content(images: pd.DataFrame, about: dict) -> bytes:
+    "The table of an index as the content of a parquet file."
     table = pa.Table.from_pandas(images[list(COLUMNS)], preserve_index=False)
     about = about | {"version": TABLE_VERSION}
     about["checksum"] = _checksum(images, about)
-    table = table.replace_schema_metadata({"patchify": json.dumps(about, sort_keys=True)})
-    atomic_write(out / "images.parquet", lambda file: pq.write_table(table, file))
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"patchify": json.dumps(about, sort_keys=True)}), buffer)
+    return buffer.getvalue()
+
+
+def _write_table(out: Path, images: pd.DataFrame, about: dict) -> None:
+    "Replace the table of an index by one rename."
+    atomic_write(out / "images.parquet", lambda file: file.write(_table_content(images, about)))
     atomic_write(out / "failures.csv", lambda file: file.write(_failures_csv(images)))
 
 
@@ -180,6 +187,11 @@ class FolderIndex:
         problems = []
         for part in _described_parts(self.images):
             problems += map(self._damage, check_store(_part_folder(self.path, part)))
+        table = self.path / "images.parquet"
+        content = _table_content(self.images, self.about)
+        same_writer = pq.read_metadata(table).created_by == pq.read_metadata(io.BytesIO(content)).created_by
+        if same_writer and table.read_bytes() != content:
+            problems.append(self._damage(f"{table} is damaged: "))
         failures = self.path / "failures.csv"
         if not failures.exists() or failures.read_bytes() != _failures_csv(self.images):
             problems.append(self._damage(f"{failures} is missing or was changed: "))
