@@ -68,13 +68,6 @@ def full_list(info) -> dict[str, np.ndarray]:
     return arrays
 
 
-def as_list_with_padding(arrays) -> Descriptors:
-    "The list without the check that every image has a real descriptor: image 50 of the golden is all padding."
-    padded = as_list({**arrays, "gallery_local_mask": np.zeros_like(arrays["gallery_local_mask"])})
-    object.__setattr__(padded, "valid", stack(arrays, "local_mask") == 0)
-    return padded
-
-
 def test_the_architecture_is_read_off_the_tensors(model, golden):
     config = golden.info["config"]
     listed = json.loads((FOLDER / golden.info["keys"]).read_text())
@@ -94,7 +87,7 @@ def test_a_short_list_with_mixed_scales_and_padding(model, golden):
 
 @torch.no_grad()
 def test_the_full_list_of_a_hundred_images(model, golden):
-    logits = model([as_list_with_padding(full_list(golden.info))])
+    logits = model([as_list(full_list(golden.info))])
     for mode in AGGREGATIONS:
         if f"full.{mode}" in golden.listed:
             golden.check(f"full.{mode}", aggregate(logits, mode))
