@@ -115,7 +115,29 @@ def test_the_other_released_structures_load_strictly(name, tmp_path):
     images = Descriptors(torch.randn(3, 2, model.local_dim), torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, 2, dtype=torch.int64),
                          torch.randn(3, model.global_dim))
     with torch.no_grad():
-        assert model([images]).shape == (1, 3, 4, 2)
+        logits = model([images])
+        assert logits.shape == (1, 3, 4, 2)
+        torch.testing.assert_close(logits, as_the_verified_structure(weights, images))
+
+
+def as_the_verified_structure(weights, images):
+    """Logits by way of the structure whose outputs the golden confirms, twelve layers without projections.
+
+    Descriptors are projected before, and the layers that a small model lacks are cut off again."""
+    prefix = "language_model.longformer.encoder.layer."
+    layers = 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix))
+    base = {key: value for key, value in weights.items() if "_to_lm" not in key}
+    for number in range(layers, 12):
+        base |= {key.replace(f"{prefix}0.", f"{prefix}{number}."): value for key, value in weights.items() if key.startswith(f"{prefix}0.")}
+    model = load_locore(base)
+    encoder = model.language_model.longformer.encoder
+    encoder.layer = encoder.layer[:layers]
+
+    def project(side, values):
+        matrix = weights.get(f"{side}_to_lm.weight")
+        return values if matrix is None else values @ matrix.T + weights[f"{side}_to_lm.bias"]
+
+    return model([Descriptors(project("local", images.values), images.valid, images.scales, project("global", images.summary))])
 
 
 def test_the_scratch_variant_loads():
