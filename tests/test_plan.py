@@ -6,11 +6,12 @@ from patchify.compress import memory
 from patchify.plan import format_bytes, parse_bytes, plan_index
 
 
+@pytest.mark.parametrize("kind", ["pq", "ivfpq"])
 @pytest.mark.parametrize("n_images, patches, dim", [(1, 1, 5), (3, 1, 64), (20, 5, 24), (200, 5, 17), (90, 30, 8)])
-def test_the_recommended_index_can_be_trained_and_has_the_predicted_size(n_images, patches, dim):
+def test_the_recommended_index_can_be_trained_and_has_the_predicted_size(n_images, patches, dim, kind):
     rng = np.random.default_rng(0)
     gallery = rng.standard_normal((n_images, patches, dim), dtype=np.float32)
-    plan = plan_index(n_images, dim, patches=patches, kind="ivfpq")
+    plan = plan_index(n_images, dim, patches=patches, kind=kind)
     if plan.vectors < 2:
         return
     index = plan.new_index().train(gallery).add(gallery)
@@ -47,4 +48,4 @@ def test_impossible_collections_are_refused():
     with pytest.raises(ValueError, match="n_images must be at least 1"):
         plan_index(0, 64)
     with pytest.raises(ValueError, match="kind must be"):
-        plan_index(10, 64, kind="pq")
+        plan_index(10, 64, kind="flat")
