@@ -374,13 +374,15 @@ class Extraction:
     def missing(
         self,
         verify: bool = True,  # compare the checksums of all descriptors; False: their sizes only
+        shards: Sequence[int] | None = None,  # look at these only; None: all
     ) -> list[int]:
         "Numbers of the shards that are not there or are damaged. The latter are reported on stderr."
         try:
             recorded = Store.open(self.out).shards["patches"].to_dict()
         except ValueError:
             recorded = {}
-        return [shard for shard in self.shards if not self._is_sound(shard, recorded.get(shard), verify)]
+        shards = self.shards if shards is None else shards
+        return [shard for shard in shards if not self._is_sound(shard, recorded.get(shard), verify)]
 
     def _is_sound(self, shard: int, recorded: str | None, verify: bool) -> bool:
         "Whether a shard is there and undamaged; `recorded` is the checksum of its patch table in a finished store."
