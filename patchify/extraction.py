@@ -410,8 +410,8 @@ class Extraction:
         "Make the given shards, one after the other. Holds one shard and a few images in memory."
         workers = workers or _default_workers(self.encoder)
         batch = self.settings["batch"]
-        files = self.table["path"].tolist()
-        boxes = self.table["box"].tolist()
+        files = self.table["path"].to_numpy()
+        boxes = self.table["box"].to_numpy()
         rows = {shard: self.rows(shard) for shard in shards}
         remaining = sum(len(shard_rows) for shard_rows in rows.values())
 

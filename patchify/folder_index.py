@@ -318,6 +318,7 @@ def index_folder(
     out: str | Path,  # folder of the index, made if it does not exist
     encoder: Encoder,
     regions: Regions = Regions(),  # patches of every image
+    encode: Callable[[pd.DataFrame, Path], Store] | None = None,  # makes the store of new images; None: `extract`
 ) -> FolderIndex:
     "Index a folder, or bring its index up to date: only new and changed images are encoded."
     folder = Path(folder)
@@ -325,7 +326,7 @@ def index_folder(
     check_folders(folder, out)
     try:
         with filelock.FileLock(out / ".lock", timeout=0):
-            return _update(folder, out, encoder, regions)
+            return _update(folder, out, encoder, regions, encode)
     except filelock.Timeout:
         raise ValueError(f"another process is updating {out}: wait until it has finished") from None
 
@@ -345,14 +346,15 @@ def check_folders(
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _update(folder: Path, out: Path, encoder: Encoder, regions: Regions) -> FolderIndex:
+def _update(folder: Path, out: Path, encoder: Encoder, regions: Regions, encode: Callable | None) -> FolderIndex:
     "The update itself, while no other process writes."
+    encode = encode or (lambda table, store: extract(table, encoder, regions, store, folder))
     unfinished = read_pending(out, folder)
     if unfinished is not None:
-        _encode(unfinished, folder, out, encoder, regions)
+        _encode(unfinished, folder, out, encode)
     new = plan_update(folder, out, encoder, regions)
     if new is not None:
-        _encode(new, folder, out, encoder, regions)
+        _encode(new, folder, out, encode)
     index = FolderIndex.open(out)
     _remove_unused(out, index.images)
     return index
@@ -455,11 +457,11 @@ def _check_settings(out: Path, images: pd.DataFrame, encoder: Encoder, regions: 
             raise ValueError(f"{change}: choose another folder for the index")
 
 
-def _encode(new: pd.DataFrame, folder: Path, out: Path, encoder: Encoder, regions: Regions) -> None:
+def _encode(new: pd.DataFrame, folder: Path, out: Path, encode: Callable[[pd.DataFrame, Path], Store]) -> None:
     "Encode the images of a pending update and add them to the table."
     part = int(new["part"].iloc[0])
     table = new[["path"]].assign(id=new["path"])
-    commit_update(new, folder, out, lambda: extract(table, encoder, regions, part_folder(out, part), folder))
+    commit_update(new, folder, out, lambda: encode(table, part_folder(out, part)))
 
 
 def commit_update(
