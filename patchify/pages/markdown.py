@@ -64,4 +64,5 @@ def highlighted(
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    return highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
+    made = highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
+    return re.sub(r'<span class="(?!(?:k|kn|ow|kc|nd|sd|s1|s2|sa|si|c1)")[^"]*">(.*?)</span>', r"\1", made, flags=re.S)

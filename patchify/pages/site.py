@@ -54,7 +54,7 @@ background:var(--panel);display:block}
 .page:hover{border-color:var(--accent)}.page b{color:var(--accent);line-height:1.3;display:block}
 .page p{margin:.4rem 0 0;font-size:.9rem}
 .page img{aspect-ratio:5/2;width:100%;object-fit:contain;background:#fff;border-radius:5px;margin-bottom:.5rem}
-.k,.kn,.ow,.kc,.nd{color:var(--code)}.s1,.s2,.sa,.si{color:var(--good)}.c1{color:var(--soft)}
+.k,.kn,.ow,.kc,.nd{color:var(--code)}.s1,.s2,.sa,.si,.sd{color:var(--good)}.c1{color:var(--soft)}
 @media (max-width:480px){figure .wide{overflow-x:auto}figure .wide img{min-width:40rem;max-width:none}
 body{padding:.8rem}h1{font-size:1.4rem}.finding .result{font-size:1.05rem}}
 @media print{body{max-width:none;background:#fff;color:#000}nav,.code{display:none}
