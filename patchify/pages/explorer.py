@@ -85,7 +85,8 @@ def _listed(run: Retrieval, query: int, depth: int, candidates: np.ndarray) -> l
         image = run.result.ranks[query, place]
         if image >= 0 and np.isfinite(run.result.scores[query, place]):
             patch = int(run.patch_rows[run.result.patch_ids[query, place]])
-            rows.append([int(np.searchsorted(candidates, image)), round(float(run.result.scores[query, place]), 4), patch])
+            score = round(float(run.result.scores[query, place]), 4)
+            rows.append([int(np.searchsorted(candidates, image)), score, patch])
     return rows
 
 
@@ -202,10 +203,12 @@ STYLE = """
 .ex-filters{display:flex;flex-wrap:wrap;gap:.4rem 1rem;align-items:center;margin:.6rem 0}
 .ex-filters label{white-space:nowrap}.ex-count{color:var(--soft,#59636e)}
 .ex-picker{display:flex;gap:.4rem;overflow-x:auto;padding:.3rem;margin:0 -.3rem;list-style:none}
-.ex-picker button{padding:2px;border:2px solid transparent;border-radius:7px;background:none;cursor:pointer;display:block}
+.ex-picker button{padding:2px;border:2px solid transparent;border-radius:7px;background:none;cursor:pointer;
+display:block}
 .ex-picker button[aria-pressed=true]{border-color:var(--accent,#0b5f94)}
 .ex-picker img{height:64px;min-width:40px;max-width:110px;object-fit:cover;border-radius:5px;display:block}
-.ex-top{display:grid;grid-template-columns:minmax(11rem,17rem) 1fr;gap:1rem 1.4rem;align-items:start;margin:.6rem 0 1rem}
+.ex-top{display:grid;grid-template-columns:minmax(11rem,17rem) 1fr;gap:1rem 1.4rem;align-items:start;
+margin:.6rem 0 1rem}
 .ex-picture{position:relative;display:block;aspect-ratio:1;background:#8883;border-radius:6px;overflow:hidden}
 .ex-picture img,.ex-picture svg{position:absolute;inset:0;width:100%;height:100%;object-fit:contain;display:block}
 .ex-sliders{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.5rem 1.4rem;margin-bottom:.6rem}
@@ -214,22 +217,26 @@ STYLE = """
 .ex tr[aria-current=true]{background:var(--panel,#f4f6f8);font-weight:600}
 .ex-lists{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(17rem,100%),1fr));gap:.4rem 1.2rem}
 .ex-lists h3{margin:.4rem 0;font-size:1rem}
-.ex-list{list-style:none;padding:0;margin:0;display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.5rem}
-.ex-card{width:100%;padding:0;border:3px solid var(--wrong);border-radius:8px;background:var(--panel,#f4f6f8);
-cursor:pointer;text-align:left;overflow:hidden;display:block}
+.ex-list{list-style:none;padding:0;margin:0;display:grid;gap:.5rem;
+grid-template-columns:repeat(auto-fill,minmax(8rem,1fr))}
+.ex-card{width:100%;height:100%;padding:0;border:3px solid var(--wrong);border-radius:8px;
+background:var(--panel,#f4f6f8);cursor:pointer;text-align:left;overflow:hidden;display:block}
 .ex-card.right{border-color:var(--right)}.ex-card.own{border-color:var(--soft,#59636e)}
 .ex-card .ex-picture{border-radius:0}.ex-card span.ex-text{display:block;padding:.15rem .4rem .25rem;font-size:.82rem}
 .ex-card b{color:var(--wrong)}.ex-card.right b{color:var(--right)}.ex-card.own b{color:var(--soft,#59636e)}
-.ex-card i{font-style:normal;white-space:nowrap}
-.ex-heat{opacity:0}.ex-card:hover .ex-heat,.ex-card:focus-visible .ex-heat,.ex-card[aria-pressed=true] .ex-heat{opacity:1}
+.ex-card i{font-style:normal}
+.ex-heat{opacity:0}
+.ex-card:hover .ex-heat,.ex-card:focus-visible .ex-heat,.ex-card[aria-pressed=true] .ex-heat{opacity:1}
 .ex-detail{border-top:1px solid var(--line,#d8dee4);margin-top:1rem;padding-top:.4rem;position:sticky;bottom:0;
 background:var(--back,#fff)}
-.ex-detail p{margin:.2rem 0}.ex-grids{display:flex;gap:.6rem;overflow-x:auto}.ex-grids figure{margin:0;flex:0 0 9.5rem}
-.ex-grids figcaption{margin:0;font-size:.8rem}.ex-grids .dim{opacity:.35}
+.ex-detail p{margin:.2rem 0}.ex-grids{display:flex;gap:.8rem;overflow-x:auto}.ex-grids figure{margin:0;flex:none}
+.ex-grids .ex-picture{height:10.5rem;max-width:15rem}.ex-grids figcaption{margin:0;font-size:.8rem}
+.ex-grids .dim{opacity:.35}
 .ex-grids text{fill:#fff;stroke:#000;paint-order:stroke;text-anchor:middle;dominant-baseline:central;
 font:600 1px system-ui,sans-serif}
 @media (max-width:600px){.ex-top{grid-template-columns:1fr}.ex-top>.ex-picture{max-width:14rem}
-.ex-list{grid-template-columns:repeat(auto-fill,minmax(6.5rem,1fr))}.ex-grids figure{flex-basis:7rem}}
+.ex-list{grid-template-columns:repeat(auto-fill,minmax(6.5rem,1fr))}.ex-grids .ex-picture{height:8rem}
+.ex-detail p{font-size:.82rem}}
 @media (max-height:800px){.ex-detail{position:static}}
 """
 
@@ -244,7 +251,9 @@ for (let level = 0; level < data.levels; level++) STARTS.push(STARTS[level] + (l
 const LISTS = ["exact", ...Object.keys(data.queries[0] ? data.queries[0].lists : {})];
 const state = {query: 0, level: data.levels - 1, tau: 0.4, pinned: null};
 
-const escapeText = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}[c]));
+const ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"};
+const escapeText = text => String(text).replace(/[&<>"]/g, c => ESCAPES[c]);
+const stem = name => name.split("/").pop().replace(/\.[^.]*$/, "");
 const fixed = (value, digits) => Number.isFinite(value) ? value.toFixed(digits) : "–";
 const levelOf = patch => STARTS.findIndex(start => start > patch) - 1;
 
@@ -266,7 +275,8 @@ function scoresOf(query) {
   if (!query.rows) {
     const bytes = Uint8Array.from(atob(query.scores), c => c.charCodeAt(0)), view = new DataView(bytes.buffer);
     const count = STARTS[data.levels];
-    query.rows = query.images.map((_, i) => Array.from({length: count}, (_, p) => view.getUint16(2 * (i * count + p), true) / 32767 - 1));
+    const score = place => view.getUint16(2 * place, true) / 32767 - 1;
+    query.rows = query.images.map((_, i) => Array.from({length: count}, (_, p) => score(i * count + p)));
   }
   return query.rows;
 }
@@ -282,7 +292,8 @@ function exact(query, level) {
 
 function locscore(located, tau) {
   if (!located.n || located.at.some(([, iou]) => iou === null)) return NaN;
-  return 100 * located.at.reduce((sum, [precision, iou]) => sum + (iou >= tau ? precision * iou : 0), 0) / located.n;
+  const worth = located.at.map(([precision, iou]) => iou >= tau ? precision * iou : 0);
+  return 100 * worth.reduce((a, b) => a + b, 0) / located.n;
 }
 
 function mean(values) {
@@ -302,7 +313,8 @@ function rectangle(box, style) {
 
 function frame(box, size, color, dashed) {
   const unit = Math.max(...size) / 100;
-  const inner = [Math.max(box[0], unit), Math.max(box[1], unit), Math.min(box[2], size[0] - unit), Math.min(box[3], size[1] - unit)];
+  const start = box.slice(0, 2).map(x => Math.max(x, unit));
+  const inner = [...start, ...box.slice(2).map((x, i) => Math.min(x, size[i] - unit))];
   const dash = dashed ? `stroke-dasharray="${4 * unit} ${2 * unit}"` : "";
   return rectangle(inner, `fill="none" stroke="#000b" stroke-width="${3.4 * unit}" ${dash}`)
     + rectangle(inner, `fill="none" stroke="${color}" stroke-width="${1.8 * unit}" ${dash}`);
@@ -324,20 +336,24 @@ function facts(query, [candidate, score, patch]) {
   const image = data.images[query.images[candidate]], right = query.right.includes(candidate);
   const box = patchBox(patch, image.size);
   const ious = right ? image.truth.map(truth => overlap(box, truth)) : [];
-  return {candidate, score, patch, image, right, box, own: query.own.includes(candidate), iou: ious.length ? Math.max(...ious) : null};
+  const iou = ious.length ? Math.max(...ious) : null;
+  return {candidate, score, patch, image, right, box, iou, own: query.own.includes(candidate)};
 }
 
 function card(query, item, place, list) {
   const f = facts(query, item), size = f.image.size, [low, high] = query.range;
   const sign = f.own ? "own image" : f.right ? "✓" : "✗";
-  const located = f.iou === null ? "" : ` <i>IoU ${fixed(f.iou, 2)} ${f.iou >= state.tau ? "◉ located" : "○ elsewhere"}</i>`;
+  const kind = f.own ? "own" : f.right ? "right" : "wrong";
+  const where = f.iou >= state.tau ? "◉ located" : "○ elsewhere";
+  const located = f.iou === null ? "" : ` <i>IoU ${fixed(f.iou, 2)} ${where}</i>`;
   const truth = f.right ? f.image.truth.map(box => frame(box, size, "#fff", true)).join("") : "";
   const level = list === "exact" ? state.level : data.levels - 1;
-  return `<li><button class="ex-card ${f.own ? "own" : f.right ? "right" : "wrong"}" data-list="${escapeText(list)}" data-place="${place}" `
+  return `<li><button class="ex-card ${kind}" data-list="${escapeText(list)}" data-place="${place}" `
     + `data-candidate="${f.candidate}" aria-pressed="false" title="${escapeText(f.image.name)}">`
     + `<span class="ex-picture"><img src="${f.image.picture}" alt="${escapeText(f.image.name)}">`
     + `<svg viewBox="0 0 ${size[0]} ${size[1]}" aria-hidden="true"><g class="ex-heat">`
-    + cells(scoresOf(query)[f.candidate], level, size, low, high) + `</g>${truth}${frame(f.box, size, "#F0E442")}</svg></span>`
+    + cells(scoresOf(query)[f.candidate], level, size, low, high) + "</g>"
+    + `${truth}${frame(f.box, size, "#F0E442")}</svg></span>`
     + `<span class="ex-text">${place + 1} <b>${sign}</b> ${fixed(f.score, 3)}${located}</span></button></li>`;
 }
 
@@ -360,7 +376,8 @@ function drawLists() {
     const items = listOf(query, name);
     const title = name === "exact" ? `Exact search, L${state.level}` : `${name}, L${data.levels - 1}`;
     const rows = items.map((item, place) => card(query, item, place, name)).join("");
-    return `<section><h3>${escapeText(title)}</h3><ol class="ex-list">${rows || "<li>no such result</li>"}</ol></section>`;
+    const list = `<ol class="ex-list">${rows || "<li>no such result</li>"}</ol>`;
+    return `<section><h3>${escapeText(title)}</h3>${list}</section>`;
   }).join("");
   state.pinned = null;
 }
@@ -379,14 +396,17 @@ function drawNumbers() {
   for (let level = 0; level < data.levels; level++) {
     const own = locscore(data.located[place][level], state.tau);
     const all = mean(data.located.map(each => locscore(each[level], state.tau)));
-    rows.push(`<tr aria-current="${level === state.level}"><td>L${level}, ${STARTS[level + 1]} patch${level ? "es" : ""}</td>`
-      + `<td>${fixed(data.ap[level][place], 1)}</td><td>${fixed(own, 1)}</td><td>${fixed(mean(data.ap[level]), 1)}</td><td>${fixed(all, 1)}</td></tr>`);
+    const values = [data.ap[level][place], own, mean(data.ap[level]), all];
+    const columns = values.map(value => `<td>${fixed(value, 1)}</td>`).join("");
+    const name = `L${level}, ${STARTS[level + 1]} patch${level ? "es" : ""}`;
+    rows.push(`<tr aria-current="${level === state.level}"><td>${name}</td>${columns}</tr>`);
   }
-  $("numbers").innerHTML = `<thead><tr><th></th><th>AP</th><th>LocScore</th><th>mean AP</th><th>mean LocScore</th></tr></thead><tbody>${rows.join("")}</tbody>`;
+  const head = ["", "AP", "LocScore", "mean AP", "mean LocScore"].map(name => `<th>${name}</th>`).join("");
+  $("numbers").innerHTML = `<thead><tr>${head}</tr></thead><tbody>${rows.join("")}</tbody>`;
   $("level-text").textContent = `L${state.level}: ${STARTS[state.level + 1]} patch${state.level ? "es" : ""} per image`;
   $("tau-text").textContent = `IoU of at least ${state.tau.toFixed(2)} counts as located`;
   const first = exact(query, state.level).findIndex(([c]) => query.right.includes(c));
-  $("summary").textContent = `Query ${query.id} at L${state.level}: `
+  $("summary").textContent = `Query ${stem(query.id)} at L${state.level}: `
     + (first < 0 ? `no right image among the first ${data.depth}.` : `first right image at rank ${first + 1}.`);
 }
 
@@ -394,24 +414,31 @@ function drawDetail(button) {
   const query = data.queries[state.query], name = button.dataset.list;
   const item = listOf(query, name)[Number(button.dataset.place)];
   if (!item) return;
-  const f = facts(query, item), size = f.image.size, [low, high] = query.range, row = scoresOf(query)[f.candidate];
+  const f = facts(query, item), size = f.image.size, [low, high] = query.range;
+  const row = scoresOf(query)[f.candidate];
   const grids = [];
   for (let level = 0; level < data.levels; level++) {
     let text = "";
     for (let p = STARTS[level]; p < STARTS[level + 1]; p++) {
-      const box = patchBox(p, size), unit = Math.min(...size) / (level ? 4.4 * (level + 1) ** 0.6 : 5);
-      text += `<text x="${(box[0] + box[2]) / 2}" y="${(box[1] + box[3]) / 2}" style="font-size:${unit * 0.55}px;stroke-width:${unit * 0.09}px">${row[p].toFixed(2)}</text>`;
+      const box = patchBox(p, size), unit = Math.min(size[0], 0.4 * size[1] + 0.6 * size[0]) / (level + 3);
+      const style = `font-size:${0.4 * unit}px;stroke-width:${0.07 * unit}px`;
+      const x = (box[0] + box[2]) / 2, y = (box[1] + box[3]) / 2;
+      text += `<text x="${x}" y="${y}" style="${style}">${row[p].toFixed(2)}</text>`;
     }
     const truth = f.right ? f.image.truth.map(box => frame(box, size, "#fff", true)).join("") : "";
     const winner = levelOf(f.patch) === level ? frame(f.box, size, "#F0E442") : "";
-    grids.push(`<figure class="${name === "exact" && level > state.level ? "dim" : ""}"><span class="ex-picture"><img src="${f.image.picture}" alt="">`
-      + `<svg viewBox="0 0 ${size[0]} ${size[1]}">${cells(row, level, size, low, high)}${truth}${winner}${text}</svg></span>`
+    const drawing = cells(row, level, size, low, high) + truth + winner + text;
+    grids.push(`<figure class="${name === "exact" && level > state.level ? "dim" : ""}">`
+      + `<span class="ex-picture" style="aspect-ratio:${size[0]}/${size[1]}"><img src="${f.image.picture}" alt="">`
+      + `<svg viewBox="0 0 ${size[0]} ${size[1]}">${drawing}</svg></span>`
       + `<figcaption>grid ${level + 1} × ${level + 1}</figcaption></figure>`);
   }
   const where = f.iou === null ? (f.right ? "the true box is not known" : "not the query's object")
     : `IoU of winner and true box ${fixed(f.iou, 2)}`;
-  $("detail").innerHTML = `<p><b>${escapeText(f.image.name)}</b>: score ${fixed(f.score, 3)}, winner in the ${levelOf(f.patch) + 1} × ${levelOf(f.patch) + 1} grid, ${where}. `
-    + `Colours from ${fixed(low, 2)} (dark) to ${fixed(high, 2)} (yellow).</p><div class="ex-grids">${grids.join("")}</div>`;
+  const side = levelOf(f.patch) + 1;
+  $("detail").innerHTML = `<p><b>${escapeText(stem(f.image.name))}</b>: score ${fixed(f.score, 3)}, winner in the `
+    + `${side} × ${side} grid, ${where}. Colours from ${fixed(low, 2)} (dark) to ${fixed(high, 2)} (yellow).</p>`
+    + `<div class="ex-grids">${grids.join("")}</div>`;
 }
 
 function passes(query) {
@@ -425,14 +452,17 @@ function passes(query) {
 
 function drawPicker() {
   const shown = data.queries.map((query, i) => [query, i]).filter(([query]) => passes(query));
-  $("picker").innerHTML = shown.map(([query, i]) =>
-    `<li><button data-query="${i}" aria-pressed="${i === state.query}" title="${escapeText(query.id)}"><img src="${query.crop}" alt="query ${escapeText(query.id)}"></button></li>`).join("");
+  $("picker").innerHTML = shown.map(([query, i]) => {
+    const name = escapeText(query.id), picture = `<img src="${query.crop}" alt="query ${name}">`;
+    return `<li><button data-query="${i}" aria-pressed="${i === state.query}" title="${name}">${picture}</button></li>`;
+  }).join("");
   $("count").textContent = `${shown.length} of ${data.queries.length} queries`;
   if (shown.length && !shown.some(([, i]) => i === state.query)) choose(shown[0][1]);
 }
 
 function address() {
-  const words = new URLSearchParams({query: data.queries[state.query].id, level: state.level, tau: state.tau.toFixed(2)});
+  const query = data.queries[state.query].id;
+  const words = new URLSearchParams({query, level: state.level, tau: state.tau.toFixed(2)});
   try { history.replaceState(null, "", "#" + words); } catch { location.hash = words; }
 }
 
@@ -503,8 +533,9 @@ def explorer_html(
         f'<label>objects in the image <select id=ex-clutter>{_group_options(CLUTTER_EDGES, False)}</select></label>'
         '<label>first result <select id=ex-outcome><option value="">all</option><option value=right>right</option>'
         "<option value=wrong>wrong (failures)</option></select></label>"
-        "<label>near-duplicates <select id=ex-duplicates><option value=all>show</option><option value=hide>hide</option>"
-        "<option value=only>only</option></select></label><span class=ex-count id=ex-count></span>"
+        "<label>near-duplicates <select id=ex-duplicates><option value=all>show</option>"
+        "<option value=hide>hide</option><option value=only>only</option></select></label>"
+        "<span class=ex-count id=ex-count></span>"
     )
     sliders = (
         f"<label><span id=ex-level-text>level</span><input id=ex-level type=range min=0 max={finest} step=1 "
