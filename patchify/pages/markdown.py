@@ -11,7 +11,8 @@ import re
 
 # %% ../../nbs/pages/81_markdown.ipynb #c008
 _REWRITES = (
-    (r"\\arg\s*\\(max|min)", r"\\operatorname{arg\\,\1}"),
+    (r"\\arg\s*\\(max|min)", r"\\text{arg \1}"),
+    (r"\\mathrm\{([A-Za-z]{2,})\}", r"\\text{\1}"),
     (r"\\(?:big|Big|bigg|Bigg)[lr]?\s*\\([lr])[Vv]ert", r"\\\1Vert"),
 )  # what the converter does not know, in terms of what it knows
 
