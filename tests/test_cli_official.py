@@ -244,3 +244,38 @@ def test_a_folder_is_indexed_and_searched_with_a_released_network(networks, back
     if backbone == "raml":
         other = run("search", tmp_path / "index", photos / "b1_2.jpg", "--device cpu --checkpoint", networks / "student.pth", code=2)
         assert "made with other weights of raml" in other
+
+
+# ILIAS's features (official data files)
+
+@pytest.mark.parametrize("queries, distractors, adapted", [("image", "all", False), ("image", "mini", False), ("text", "all", False), ("image", "all", True)])
+def test_published_features_are_scored_and_exported(queries, distractors, adapted, tmp_path):
+    "The printed mAP is that of ILIAS's evaluator on the exported file."
+    from test_ilias_export import DATA, Evaluator, positives_of
+
+    import restricted_pickle
+    from official_fill import filled
+    from patchify.data.ilias_files import load_ilias_features
+
+    words = f"evaluate --dataset ilias-features:{DATA} --queries {queries} --distractors {distractors} --device cpu"
+    if adapted:
+        torch.save(filled("ilias_lin_adapt"), tmp_path / "vit_large_patch16_siglip_384.webli.pth")
+        words += f" --adapt {tmp_path / 'vit_large_patch16_siglip_384.webli.pth'}"
+    text = run(words, "--json", tmp_path / "found.json", "--export", tmp_path / "found.pkl")
+    found = json.loads((tmp_path / "found.json").read_text())
+    official_reading = Evaluator(positives_of(load_ilias_features(DATA).benchmark)).evaluate(**restricted_pickle.load(tmp_path / "found.pkl"))
+    assert found["map"] == pytest.approx(official_reading["map"], abs=1e-3)
+    assert {"oracle", "scale", "clutter", "categories", "subcategories"} <= set(found)
+    assert f"{found['map']:.2f}" in text and "oracle" in text and "clutter" in text
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--queries images", "queries must be image or text"),
+    ("--index pq", "holds descriptors"),
+    ("--distractors some", "must be all, mini or none"),
+])
+def test_mistakes_with_features_are_one_sentence(words, message):
+    from test_ilias_export import DATA
+
+    text = run(f"evaluate --dataset ilias-features:{DATA}", words, code=2)
+    assert message in text and len(text.strip().splitlines()) == 1
