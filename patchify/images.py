@@ -21,18 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# %% ../nbs/core/01_images.ipynb #c010
-# What PIL raises on damaged files of one kind or another.
-UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, ArithmeticError, struct.error,
-              Image.DecompressionBombError)
-
-
-MAX_MEMBER_BYTES = 2**28  # of an image in a tar file
-MAX_PIXELS = int(os.environ.get("PATCHIFY_MAX_PIXELS", 2 * 89_478_485))  # of an image; PIL's own limit by default
-if "PATCHIFY_MAX_PIXELS" in os.environ:
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-
-
+# %% ../nbs/core/01_images.ipynb #newb4c22
 @lru_cache(maxsize=256)
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
     "Offset and length of each file in an uncompressed tar, without sparse members."
@@ -65,6 +54,17 @@ def _open_bytes(path: str | Path) -> io.BufferedIOBase:
     with open(shard, "rb") as file:
         file.seek(start)
         return io.BytesIO(file.read(size))
+
+# %% ../nbs/core/01_images.ipynb #c010
+# What PIL raises on damaged files of one kind or another.
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, ArithmeticError, struct.error,
+              Image.DecompressionBombError)
+
+
+MAX_MEMBER_BYTES = 2**28  # of an image in a tar file
+MAX_PIXELS = int(os.environ.get("PATCHIFY_MAX_PIXELS", 2 * 89_478_485))  # of an image; PIL's own limit by default
+if "PATCHIFY_MAX_PIXELS" in os.environ:
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
