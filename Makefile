@@ -18,8 +18,9 @@ install: .venv/installed
 reports: install
 	$(BIN)/patchify report --dataset "$(DATASET)" --backbone "$(BACKBONE)"
 
+# two processes; a test file stays in one of them, because its tests share what they prepare
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # the lowest versions that settings.ini allows, in an environment of its own; not part of CI
 test-lowest:
