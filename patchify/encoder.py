@@ -17,6 +17,7 @@ import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
@@ -145,7 +146,7 @@ class Encoder:
 ALIASES = {
     "siglip": "vit_large_patch16_siglip_384.webli",  # inferred: the published 13x compression fits its 1024 dimensions
     "dinov2": "vit_large_patch14_reg4_dinov2.lvd142m",  # inferred: the large model, as for siglip
-    "clip": "vit_large_patch14_clip_336.openai",  # inferred: the large model, as for siglip
+    "clip": "vit_large_patch14_clip_quickgelu_336.openai",  # inferred: the large model; the activation it was trained with
     "dinov3": "vit_large_patch16_dinov3.lvd1689m",  # chosen: the large model; so are those below
     "siglip2": "vit_large_patch16_siglip_384.v2_webli",
     "pe": "vit_pe_core_large_patch14_336.fb",
@@ -175,6 +176,8 @@ def _timm_name(name: str) -> str:
 def _load_local(model: torch.nn.Module, path: Path) -> None:
     "Fill a timm model from a local file. A classifier that the model lacks is skipped."
     weights = read_weights(path)
+    if any(name.startswith("visual.") for name in weights):
+        weights = checkpoint_filter_fn(weights, model)  # both towers of open_clip: the image tower in timm's names
     expected = model.state_dict()
     classifiers = model.pretrained_cfg.get("classifier") or ()
     if isinstance(classifiers, str):
