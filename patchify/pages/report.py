@@ -53,6 +53,8 @@ LIBRARY = {
     "levels": "core/pyramid",
     "gallery": "core/evaluate",
     "locscore": "core/localization",
+    "refinement": "core/box_refinement",
+    "interoperability": "core/store",
     "groups": "core/groups",
     "regions": "core/boxes",
     "landmarks": "core/scoring",

@@ -154,11 +154,14 @@ def to_html(
 
 # %% ../../nbs/pages/73_site.ipynb #c012
 GROUPS = {
-    "Retrieval and localisation": ("levels", "gallery", "locscore", "groups", "regions", "landmarks", "classes"),
+    "Retrieval and localisation": (
+        "levels", "gallery", "locscore", "refinement", "groups", "regions", "landmarks", "classes",
+    ),
     "Re-ranking": ("reranking",),
     "Compression": ("compression", "training_level", "budget"),
     "Cost and scale": ("scale",),
     "Learned descriptors": ("token", "asymmetric"),
+    "Interoperability": ("interoperability",),
     "The synthetic world": ("mini_encoder",),
 }
 EXPERIMENTS = tuple(name for names in GROUPS.values() for name in names)
