@@ -147,7 +147,7 @@ def test_figures_are_on_the_screen_before_a_disk_is_full(indexed, data, tmp_path
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("patchify.cli._write_text", full)
+    monkeypatch.setattr("patchify.files.atomic_write", full)
     evaluation = ["evaluate", "--dataset", "tiny", "--level", "2", "--data", str(data)]
     for words, said in ((evaluation, "mAP@1000"), (["search", *indexed], "D0000.jpg")):
         assert main([*words, "--json", str(tmp_path / "found.json")]) == 2

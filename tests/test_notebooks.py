@@ -84,7 +84,7 @@ def test_an_experiment_is_parameterised_and_bare(path):
     assert not any(cell.source.startswith("#|") for cell in cells), "papermill runs cells that nbdev would skip"
 
 
-LAYERS = ({""}, {"data"}, {"rerank", "descriptors", "synthetic"}, {"zoo"}, {"cluster", "pages", "cli"})
+LAYERS = ({""}, {"data"}, {"rerank", "descriptors", "synthetic"}, {"zoo"}, {"cluster", "pages", "commands", "cli"})
 
 
 def imports(module: str, source: str) -> set[str]:
