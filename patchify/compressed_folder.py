@@ -12,16 +12,17 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
 import numpy as np
 
-from .compress import CompressedIndex, PQIndex
 from .files import atomic_write, file_checksum, suggest
 from .folder_index import FolderIndex
-from .indexfiles import open_index, save_index
-from .ivf import IVFPQIndex
 from .search import ImageIndex
+
+if TYPE_CHECKING:  # exact search needs no FAISS, so it does not wait for it
+    from patchify.compress import CompressedIndex
 
 # %% ../nbs/core/24_compressed_folder.ipynb #c009
 KINDS = ("exact", "pq", "ivfpq")
@@ -34,14 +35,14 @@ class IndexChoice:
     "A kind of index, its settings, and why it was chosen."
 
     kind: str  # one of KINDS
-    settings: CompressedIndex | None  # untrained, or as in use; None: exact search
+    settings: "CompressedIndex | None"  # untrained, or as in use; None: exact search
     reason: str  # for the user
 
     def __str__(self) -> str:
         if self.settings is None:
             return f"index: {self.kind} ({self.reason})"
         values = {"m": self.settings.n_subvectors, "nbits": self.settings.n_bits}
-        if isinstance(self.settings, IVFPQIndex):
+        if self.kind == "ivfpq":
             values |= {"nlist": self.settings.n_lists, "nprobe": self.settings.check_probe()}
         text = " ".join(f"{name}={value}" for name, value in values.items())
         return f"index: {self.kind} {text} ({self.reason})"
@@ -51,8 +52,11 @@ def code_settings(
     kind: str,  # pq or ivfpq
     n_vectors: int,  # descriptors to encode
     dim: int,  # of a descriptor
-) -> CompressedIndex:  # untrained
+) -> "CompressedIndex":  # untrained
     "Settings of a compressed index for a gallery of this size."
+    from patchify.compress import PQIndex
+    from patchify.ivf import IVFPQIndex
+
     divisors = [m for m in range(1, min(64, max(1, dim // 4)) + 1) if dim % m == 0]
     n_bits = max(1, min(8, int(math.log2(max(2, n_vectors)))))
     shared = {"n_subvectors": divisors[-1], "n_bits": n_bits}
@@ -60,7 +64,7 @@ def code_settings(
         return PQIndex(**shared)
     wanted = min(4 * math.sqrt(n_vectors), n_vectors / PER_LIST)
     n_lists = 2 ** max(0, round(math.log2(max(1, wanted))))
-    return IVFPQIndex(**shared, n_lists=n_lists, n_probe=max(1, n_lists // 8))
+    return IVFPQIndex(**shared, n_lists=n_lists, n_probe=max(min(8, n_lists), n_lists // 8))
 
 
 def choose_index(
@@ -78,7 +82,7 @@ def choose_index(
     size = n_images * n_patches * dim * itemsize
     fits = size <= SHARE * memory
     verb = "fit" if fits else "do not fit"
-    reason = f"{_bytes(size)} of descriptors {verb} into half of {_bytes(memory)} of memory"
+    reason = f"{_bytes(size)} of descriptors {verb} into half of the memory"
     chosen = kind or ("exact" if fits else "ivfpq")
     if kind:
         reason = "as requested"
@@ -105,9 +109,9 @@ def _bytes(count: float) -> str:
 # %% ../nbs/core/24_compressed_folder.ipynb #c013
 def open_codes(
     index: FolderIndex,
-    settings: CompressedIndex,  # untrained, from `code_settings`
+    settings: "CompressedIndex",  # untrained, from `code_settings`
     verify: bool = False,  # read the whole file and compare its checksum
-) -> CompressedIndex:
+) -> "CompressedIndex":
     "The codes of a folder, brought up to date on disk if need be."
     path = _code_file(index, settings)
     if not verify:
@@ -121,8 +125,10 @@ def open_codes(
         raise ValueError(f"another process is updating {index.path}: wait until it has finished") from None
 
 
-def _update_codes(index: FolderIndex, settings: CompressedIndex, path: Path, verify: bool) -> CompressedIndex:
+def _update_codes(index: FolderIndex, settings: "CompressedIndex", path: Path, verify: bool) -> "CompressedIndex":
     "Codes of exactly the images of the index, saved."
+    from patchify.indexfiles import open_index, save_index
+
     ids = _ids(index)
     codes = None if verify and _code_problem(path) else _read_codes(path)
     kept = np.zeros(0, np.int64) if codes is None else np.intersect1d(codes.gallery_ids, ids)
@@ -149,20 +155,22 @@ def _ids(index: FolderIndex) -> np.ndarray:
     return index.readable["id"].to_numpy()
 
 
-def _code_file(index: FolderIndex, settings: CompressedIndex) -> Path:
+def _code_file(index: FolderIndex, settings: "CompressedIndex") -> Path:
     "Where the codes of a kind are kept."
-    return index.path / ("ivfpq.index" if isinstance(settings, IVFPQIndex) else "pq.index")
+    return index.path / ("ivfpq.index" if hasattr(settings, "n_lists") else "pq.index")
 
 
-def _read_codes(path: Path) -> CompressedIndex | None:
+def _read_codes(path: Path) -> "CompressedIndex | None":
     "The codes of a file; None if it is missing or damaged."
+    from patchify.indexfiles import open_index
+
     try:
         return open_index(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _outgrown(codes: CompressedIndex, settings: CompressedIndex) -> bool:
+def _outgrown(codes: "CompressedIndex", settings: "CompressedIndex") -> bool:
     "Whether codes were trained for a much smaller folder, or for other descriptors."
     if (codes.n_subvectors, codes.metric) != (settings.n_subvectors, settings.metric):
         return True
