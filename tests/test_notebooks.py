@@ -55,9 +55,7 @@ def test_the_notebooks_are_clean(copy):
 
 
 @pytest.mark.parametrize("path", LIBRARY, **NAMES)
-def test_a_library_notebook_runs(path, monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+def test_a_library_notebook_runs(path, python):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "#| eval: false" not in cell.source]
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
