@@ -17,6 +17,7 @@ install: .venv/installed
 
 reports: install
 	$(BIN)/patchify report --dataset "$(DATASET)" --backbone "$(BACKBONE)"
+	$(BIN)/patchify report --book
 
 test: install
 	$(BIN)/python -m pytest
