@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-EXTRAS = ("report", "locore", "hdf5", "text", "dev")
+EXTRAS = ("report", "explore", "locore", "hdf5", "text", "dev")
 
 
 def lines(key: str) -> list[str]:

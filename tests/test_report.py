@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,10 +54,18 @@ def test_pages_need_neither_network_nor_script(pages):
         assert local and all((page.parent / link).exists() for link in local)
 
 
+@pytest.fixture(scope="module")
+def from_scratch(rendered, tmp_path_factory):
+    "A data folder without stores."
+    folder = tmp_path_factory.mktemp("scratch")
+    shutil.copytree(rendered, folder / "tiny")
+    return folder
+
+
 @pytest.mark.parametrize("name", ["levels", "locscore", "groups", "regions"])
-def test_the_csv_files_come_out_the_same_from_scratch(command, data, pages, tmp_path, name):
-    shutil.copytree(data / "tiny", tmp_path / "data/tiny")  # new files, so new stores
-    done = command("report", "--dataset", "tiny", "--level", 2, "--data", tmp_path / "data", "--reports", tmp_path, "--only", name, cwd=ROOT)
+def test_the_csv_files_come_out_the_same_from_scratch(command, from_scratch, pages, tmp_path, name):
+    words = ["report", "--dataset", "tiny", "--level", 2, "--data", from_scratch, "--reports", tmp_path]
+    done = command(*words, "--only", name, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     again = sorted((tmp_path / "tiny-mini").glob(f"{name}-*.csv"))
     assert again and all(file.read_bytes() == (pages / file.name).read_bytes() for file in again)
@@ -84,12 +91,22 @@ def test_two_backbones_are_compared(command, data, tmp_path):
     assert set(pd.read_csv(run / "levels-levels.csv").backbone) == {"test_resnet", "test_vit"}
 
 
+GALLERY = ["report", "--dataset", "tiny", "--level", 1, "--only", "gallery"]
+
+
+@pytest.fixture(scope="module")
+def gallery(command, data, tmp_path_factory):
+    "The reports of one page."
+    reports = tmp_path_factory.mktemp("gallery") / "reports"
+    assert command(*GALLERY, "--data", data, "--reports", reports, cwd=ROOT).returncode == 0
+    return reports
+
+
 @pytest.fixture
-def made(command, data, tmp_path):
-    "The command that makes one page, and the page's files."
-    words = ["report", "--dataset", "tiny", "--level", 1, "--data", data, "--reports", tmp_path / "reports", "--only", "gallery"]
-    assert command(*words, cwd=ROOT).returncode == 0
-    return words, files_of(tmp_path / "reports")
+def made(gallery, data, tmp_path):
+    "The command that makes a page again, and the page's files."
+    shutil.copytree(gallery, tmp_path / "reports")
+    return [*GALLERY, "--data", data, "--reports", tmp_path / "reports"], files_of(tmp_path / "reports")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -112,14 +129,15 @@ def test_a_page_that_fails_leaves_the_last_one_alone(command, tmp_path, made):
 
 
 @pytest.mark.parametrize("when", ["running", "begun"])
-def test_ctrl_c_leaves_the_last_page_alone(tmp_path, made, when):
+def test_ctrl_c_leaves_the_last_page_alone(patchify, tmp_path, made, when):
     words, before = made
-    patchify = subprocess.Popen([Path(sys.executable).with_name("patchify"), *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    words = [*patchify, *map(str, words)]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     begun = tmp_path / "reports/tiny-mini/.gallery"
-    while not (any(begun.glob("*.jpg")) if when == "running" else begun.exists()) and patchify.poll() is None:
+    while not (any(begun.glob("*.jpg")) if when == "running" else begun.exists()) and process.poll() is None:
         time.sleep(.02)
-    os.killpg(patchify.pid, signal.SIGINT)
-    assert "Traceback" not in patchify.communicate(timeout=60)[1] and patchify.returncode == 130
+    os.killpg(process.pid, signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 130
     assert files_of(tmp_path / "reports") == before
 
 
@@ -138,7 +156,7 @@ def test_a_stranger_in_the_folder_of_a_run_is_no_page(tmp_path):
         assert "notes" not in build_index(tmp_path).read_text()
 
 
-def test_an_experiment_opened_by_hand_finds_the_project(tmp_path, data):
+def test_an_experiment_opened_by_hand_finds_the_project(tmp_path, data, python):
     project = tmp_path / "clone"
     here = project / "nbs/experiments"
     here.mkdir(parents=True)

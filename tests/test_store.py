@@ -79,8 +79,8 @@ from patchify.boxes import Regions
 from patchify.extraction import extract
 
 folder = Path({folder!r})
-def run(out):
-    extract([folder / f"{{i:02d}}.png" for i in range(23)], Colours(delay=0.02), Regions(level=2), out, shard_size=4, batch=30)
+def run(out, delay=0.02):
+    extract([folder / f"{{i:02d}}.png" for i in range(23)], Colours(delay=delay), Regions(level=2), out, shard_size=4, batch=30)
 """
 
 KILL_AT_RANDOM = """
@@ -103,20 +103,20 @@ for _ in range(10):
 STOP_BY_HAND = """
 print("ready", flush=True)
 try:
-    run({out!r})
+    run({out!r}, delay=0.3)
 except KeyboardInterrupt as stop:
     sys.exit(str(stop))
 """
 
 
-def start(program, photos, out):
+def start(python, program, photos, out):
     "A process of its own, ready to extract."
     program = (PROGRAM + program).format(tests=str(Path(__file__).parent), folder=str(photos[0].parent), out=str(out))
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*python, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_at_random_moments_and_run_again_ends_byte_identical(photos, tmp_path):
-    said, errors = start(KILL_AT_RANDOM, photos, tmp_path / "killed").communicate()
+def test_killed_at_random_moments_and_run_again_ends_byte_identical(python, photos, tmp_path):
+    said, errors = start(python, KILL_AT_RANDOM, photos, tmp_path / "killed").communicate()
     first, *runs = [line.split() for line in said.splitlines()]
     assert first[0] == "0" and len(runs) == 10, errors
     assert sum(status == str(int(signal.SIGKILL)) for status, *_ in runs) >= 2
@@ -146,8 +146,8 @@ def test_every_state_a_kill_can_leave_is_healed(photos, tmp_path, keep):
     assert len(encoder.shapes) == 3 + 3 + 2  # shards 2 to 4 only: groups of two images
 
 
-def test_ctrl_c_says_how_to_go_on(photos, tmp_path):
-    process = start(STOP_BY_HAND, photos, tmp_path / "stopped")
+def test_ctrl_c_says_how_to_go_on(python, photos, tmp_path):
+    process = start(python, STOP_BY_HAND, photos, tmp_path / "stopped")
     process.stdout.readline()
     while not (tmp_path / "stopped" / "descriptors-00001.npy").exists() and process.poll() is None:
         time.sleep(0.005)

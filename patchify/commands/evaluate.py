@@ -20,6 +20,7 @@ from patchify.commands.app import (
     Aspect, Backbone, Checkpoint, Data, Device, JsonFile, Level, RandomWeights, Size,
     app, check_choice, check_target, write_text,
 )
+from .official import OFFICIAL, evaluate_official, load_backbone
 
 if TYPE_CHECKING:
     from patchify.compress import CompressedIndex
@@ -46,6 +47,9 @@ def _summary(name: str, figures: dict) -> str:
         lines.append("          " + "".join(f"  R@{k} {_number(value)}" for k, value in figures["r@k"].items()))
     if figures["locscore_iou"] is not None or figures["locscore_hit"] is not None or figures["score"] == "mAP@1000":
         lines.append(f"LocScore    {_number(figures['locscore_iou'])} (iou)  {_number(figures['locscore_hit'])} (hit)")
+    if figures.get("published"):
+        rows = ", ".join(f"{name} {_number(value)}" for name, value in figures["published"].items())
+        lines.append(f"published   {rows}")
     lines += [f"left out: {count} {what}" for what, count in figures["left_out"].items() if count]
     return "\n".join(lines)
 
@@ -64,7 +68,6 @@ AS_OPTIONS = {
     '"same"': "-1",
     '"all"': "-2",
 }
-INDEXES = ("exact", "flat", "pq", "ivfpq")
 INDEXES = ("exact", "flat", "pq", "ivfpq")
 
 
@@ -168,35 +171,6 @@ def _first_stage(
     return rank(replace(described, queries=queries), index=builder)
 
 # %% ../../nbs/commands/81_evaluate.ipynb #c017
-def _load_encoder(
-    backbone: str, checkpoint: Path | None, random_weights: bool, size: int | None, aspect: str, device: str | None
-) -> "Encoder":
-    "The encoder of a name; token and raml name the networks that their authors released."
-    from patchify.encoder import load_encoder
-
-    if backbone not in ("token", "raml"):
-        return load_encoder(backbone, checkpoint, random_weights, device, size=size, aspect=aspect)
-    from patchify.descriptors.official import load_official_encoder
-
-    if checkpoint is None:
-        raise ValueError(f"--backbone {backbone} needs --checkpoint with a file that its authors released")
-    return load_official_encoder(backbone, checkpoint, size, device or "cpu")
-
-
-def _evaluate_token(benchmark: "RetrievalSet", checkpoint: Path | None) -> dict:
-    "Score a released network of Token as its authors do: whole images in their own shape, three scales."
-    from patchify.descriptors.heads import evaluate_photos
-    from patchify.descriptors.official import load_token_model
-
-    if checkpoint is None:
-        raise ValueError("--backbone token needs --checkpoint with a file that its authors released")
-    found = evaluate_photos(load_token_model(checkpoint), benchmark)
-    found |= {"gallery": len(benchmark.gallery), "patches": 1, "left_out": {}}
-    found |= {"locscore_iou": None, "locscore_hit": None}
-    print(_summary(benchmark.name, found))
-    return found
-
-# %% ../../nbs/commands/81_evaluate.ipynb #c019
 def _parse_cutoffs(text: str | None) -> tuple[int, ...]:
     "The k of `--top-k 1,5,10`, ascending."
     try:
@@ -206,6 +180,11 @@ def _parse_cutoffs(text: str | None) -> tuple[int, ...]:
     if cutoffs and cutoffs[0] < 1:
         raise ValueError(f"--top-k {text}: write whole numbers of at least 1, such as 1,5,10")
     return cutoffs
+
+
+def _with_cutoffs(benchmark: "RetrievalSet", cutoffs: tuple[int, ...]) -> "RetrievalSet":
+    "A benchmark that reports R@k for these k, too."
+    return benchmark.under(replace(benchmark.protocol, recalls=cutoffs)) if cutoffs else benchmark
 
 
 def _locscores(run: "Retrieval", iou: str) -> dict:
@@ -233,7 +212,7 @@ def _draw_results(run: "Retrieval", folder: Path, queries: int = 20) -> None:
         figure.savefig(folder / f"{query:04d}.png")
         plt.close(figure)
 
-# %% ../../nbs/commands/81_evaluate.ipynb #c022
+# %% ../../nbs/commands/81_evaluate.ipynb #c020
 RERANKERS = ("ames", "ames_binary", "locore", "ames_patches", "locore_patches")
 
 
@@ -274,6 +253,13 @@ def evaluate(
     iou: Annotated[str, typer.Option(help="threshold of LocScore: default (0.4) or average (0.2 to 0.6)")] = "default",
     top_k: Annotated[Optional[str], typer.Option(help="report R@k for these k, such as 1,5,10")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="patches per forward pass")] = 64,
+    student: Annotated[
+        Optional[Path], typer.Option(help="raml: released network of the queries; --checkpoint is the gallery's")
+    ] = None,
+    query_size: Annotated[
+        Optional[int], typer.Option(min=1, help="raml: query pixels; default: 224 with --student, else the gallery's")
+    ] = None,
+    gallery_size: Annotated[Optional[int], typer.Option(min=1, help="raml: gallery pixels; default: 448")] = None,
     visualize: Annotated[
         Optional[Path], typer.Option(help="write the first results of the first 20 queries as pictures to this folder")
     ] = None,
@@ -304,22 +290,29 @@ def evaluate(
     from patchify.pages.page import provenance
     from patchify.zoo.rerankers import Reranker
 
-    if backbone == "token":
-        if adapt or expand or rerank or export or rescore or index != "exact":
-            options = "--adapt, --expand, --export, --index, --rerank or --rescore"
-            raise ValueError(f"--backbone token is evaluated as its authors do: it does not take {options}")
-        found = _evaluate_token(load(dataset, data, protocol), checkpoint)
-        if json_file:
-            write_text(json_file, json.dumps(found, indent=1))
-        return
+    if backbone != "raml" and (student or query_size or gallery_size):
+        raise ValueError("--student, --query-size and --gallery-size belong to --backbone raml")
+    if backbone in OFFICIAL:
+        benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
+        asymmetric = (student, query_size, gallery_size)
+        if backbone == "token" or any(asymmetric) or benchmark.protocol.recalls:
+            if adapt or expand or rerank or export or rescore or visualize or size or index != "exact":
+                options = "--adapt, --expand, --export, --index, --rerank, --rescore, --size or --visualize"
+                raise ValueError(f"--backbone {backbone} is evaluated as its authors do: it does not take {options}")
+            found = evaluate_official(backbone, benchmark, checkpoint, *asymmetric, device)
+            weights = [file and file_checksum(file) for file in (checkpoint, student)]
+            about = {"dataset": dataset, "data": benchmark.fingerprint, "backbone": backbone, "weights": weights}
+            found["provenance"] = provenance(**about)
+            print(_summary(benchmark.name, found))
+            if json_file:
+                write_text(json_file, json.dumps(found, indent=1))
+            return
     scheme = Regions(regions, level)
     settings = _index_settings(index, m, nbits, nlist, nprobe, metric, train_level)
-    encoder = _load_encoder(backbone, checkpoint, random_weights, size, aspect, device)
+    encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
     reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     adapter = _load_adapter(adapt, encoder)
-    benchmark = load(dataset, data, protocol)
-    if cutoffs:
-        benchmark = benchmark.under(replace(benchmark.protocol, recalls=cutoffs))
+    benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
     described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
     run = _first_stage(described, _index_builder(index, settings, described, data), rescore, adapter, expand)
     if reranker:

@@ -16,6 +16,7 @@ import typer
 from patchify.commands.app import (
     Aspect, Backbone, Checkpoint, Device, JsonFile, Level, RandomWeights, Size, app, check_target, write_text,
 )
+from .official import load_backbone, load_index_encoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,13 +40,12 @@ def index(
 ):
     "Index a folder of images, or bring its index up to date."
     from patchify.boxes import Regions
-    from patchify.encoder import load_encoder
     from patchify.folder_index import index_folder
 
     regions = Regions("pyramid", level)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    encoder = load_encoder(backbone, checkpoint, random_weights, device, size=size, aspect=aspect)
+    encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
     try:
         found = index_folder(folder, out, encoder, regions)
     except KeyboardInterrupt:
@@ -128,7 +128,7 @@ def search(
         files = _query_files(images)
         if box and len(files) > 1:
             raise ValueError(f"--box {box} belongs to one query image, but there are {len(files)}")
-        encoder = opened.encoder(checkpoint, random_weights, device)
+        encoder = load_index_encoder(opened, checkpoint, random_weights, device)
         for file in files:
             image = open_image(file)
             corners = _parse_box(box, image.size)

@@ -172,8 +172,8 @@ function rectangle([x0, y0, x1, y1], style) {
   return `<rect x="${x0}" y="${y0}" width="${x1 - x0}" height="${y1 - y0}" ${style}/>`;
 }
 
-function frame(box, size) {
-  const unit = Math.max(...size) / 100;
+function frame(box, size, weight = 1) {
+  const unit = weight * Math.max(...size) / 100;
   return rectangle(box, `fill="none" stroke="#000b" stroke-width="${3.4 * unit}"`)
     + rectangle(box, `fill="none" stroke="#F0E442" stroke-width="${1.8 * unit}"`);
 }
@@ -184,7 +184,7 @@ function render({model, el}) {
   let photo = 0, first = 0, box = null, size = null, waiting = false, pending = false, number = 0, start = null;
   const top = get("levels") - 1;
   el.innerHTML = `<div class="px"><div><div class="px-photo"></div><div class="px-bar">`
-    + `<label>level <input type="range" min="0" max="${top}" step="1" value="${top}"></label>`
+    + `<label>level <b>L${top}</b> <input type="range" min="0" max="${top}" step="1" value="${top}"></label>`
     + `<label><input type="checkbox" checked> heat maps</label><output></output></div>`
     + `<div class="px-photos"></div></div><ol class="px-results"></ol></div>`;
   const find = name => el.querySelector(name);
@@ -212,7 +212,7 @@ function render({model, el}) {
   function drawBox() {
     const svg = area.querySelector("svg");
     const shade = rectangle([0, 0, ...size], `fill="#0003"`) + rectangle(box, `fill="#fff2"`);
-    if (svg) svg.innerHTML = shade + frame(box, size);
+    if (svg) svg.innerHTML = shade + frame(box, size, 0.4);
   }
 
   function drawPhoto() {
@@ -310,7 +310,7 @@ function render({model, el}) {
     drawBox();
     ask();
   });
-  slider.addEventListener("input", ask);
+  slider.addEventListener("input", () => { find("label b").textContent = `L${slider.value}`; ask(); });
   find("input[type=checkbox]").addEventListener("change", event => {
     find(".px").classList.toggle("plain", !event.target.checked);
   });

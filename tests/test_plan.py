@@ -1,0 +1,51 @@
+"The planner: its settings can be trained, its bytes are those of the files, and it says what does not fit."
+import numpy as np
+import pytest
+
+from patchify.compress import memory
+from patchify.plan import format_bytes, parse_bytes, plan_index
+
+
+@pytest.mark.parametrize("kind", ["pq", "ivfpq"])
+@pytest.mark.parametrize("n_images, patches, dim", [(1, 1, 5), (3, 1, 64), (20, 5, 24), (200, 5, 17), (90, 30, 8)])
+def test_the_recommended_index_can_be_trained_and_has_the_predicted_size(n_images, patches, dim, kind):
+    rng = np.random.default_rng(0)
+    gallery = rng.standard_normal((n_images, patches, dim), dtype=np.float32)
+    plan = plan_index(n_images, dim, patches=patches, kind=kind)
+    if plan.vectors < 2:
+        return
+    index = plan.new_index().train(gallery).add(gallery)
+    assert memory(index).total == plan.index_bytes
+    assert index.search(gallery[:1, 0], 1).ranks.shape == (1, 1)
+
+
+def test_more_memory_never_gives_a_coarser_index():
+    plans = [plan_index(10**8, 1024, memory, kind="ivfpq") for memory in (10**10, 10**11, 10**12, 10**13)]
+    for less, more in zip(plans, plans[1:]):
+        assert less.n_subvectors <= more.n_subvectors and less.n_lists <= more.n_lists
+    assert [plan.fits for plan in plans] == [False, False, True, True]
+
+
+def test_small_collections_are_searched_exactly():
+    assert plan_index(1000, 64, 10**9).kind == "exact"
+    assert plan_index(1000, 1024, 10**8).kind == "ivfpq", "61 MB are more than half of the memory"
+    assert plan_index(10**7, 1024, 10**13).kind == "ivfpq", "a query would read 600 GB"
+    assert plan_index(1000, 64, 10**9).new_index() is None
+
+
+@pytest.mark.parametrize("size", [1, 999, 1000, 64 * 10**9, 999_600, 25 * 10**11])
+def test_sizes_survive_being_written(size):
+    assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.005)
+
+
+@pytest.mark.parametrize("text", ["", "64XB", "GB", "-5GB", "0", "1.2.3GB"])
+def test_what_is_not_a_size_is_refused(text):
+    with pytest.raises(ValueError, match="not a size"):
+        parse_bytes(text)
+
+
+def test_impossible_collections_are_refused():
+    with pytest.raises(ValueError, match="n_images must be at least 1"):
+        plan_index(0, 64)
+    with pytest.raises(ValueError, match="kind must be"):
+        plan_index(10, 64, kind="flat")
