@@ -246,13 +246,9 @@ RERANKERS = ("ames", "ames_binary", "locore", "ames_patches", "locore_patches")
 
 @app.command()
 def evaluate(
-<<<<<<< HEAD
-    dataset: Annotated[str, typer.Option(help="mini, tiny, ilias:DIR, ilias-text:DIR, roxford5k:DIR, cub:DIR, ...")] = "mini",
-=======
     dataset: Annotated[
-        str, typer.Option(help="mini, tiny, ilias:DIR, ilias-features:DIR (HDF5), roxford5k:DIR, cub:DIR, ...")
+        str, typer.Option(help="mini, tiny, ilias:DIR, ilias-text:DIR, ilias-features:DIR, roxford5k:DIR, cub:DIR, ...")
     ] = "mini",
->>>>>>> official
     backbone: Backbone = "mini",
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
