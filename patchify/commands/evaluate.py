@@ -132,6 +132,19 @@ def _check_first_stage(index: str, rescore: int, adapt: Path | None, expand: int
             raise ValueError(f"{option} cannot be combined with --rerank")
 
 
+def _check_text_options(
+    backbone: str, size: int | None, aspect: str, regions: str, rerank: str | None, visualize: Path | None
+) -> None:
+    "Refuse options that need a query image or another image tower."
+    if backbone == "mini":
+        raise ValueError("text queries need an encoder with a text tower: --backbone siglip, siglip2 or clip")
+    given = {"--size": size, "--rerank": rerank, "--visualize": visualize}
+    given |= {"--aspect pad": aspect != "stretch", "--regions pool": regions == "pool"}
+    for option, value in given.items():
+        if value:
+            raise ValueError(f"{option} does not go with text queries")
+
+
 def _load_adapter(path: Path | None, encoder: "Encoder") -> Callable | None:
     "The linear adaptation in a file, checked against the encoder."
     if path is None:
@@ -252,7 +265,7 @@ RERANKERS = ("ames", "ames_binary", "locore", "ames_patches", "locore_patches")
 @app.command()
 def evaluate(
     dataset: Annotated[
-        str, typer.Option(help="mini, tiny, ilias:DIR, ilias-features:DIR (HDF5), roxford5k:DIR, cub:DIR, ...")
+        str, typer.Option(help="mini, tiny, ilias:DIR, ilias-text:DIR, ilias-features:DIR, roxford5k:DIR, cub:DIR, ...")
     ] = "mini",
     backbone: Backbone = "mini",
     checkpoint: Checkpoint = None,
@@ -358,11 +371,21 @@ def evaluate(
             return
     scheme = Regions(regions, level)
     settings = _index_settings(index, m, nbits, nlist, nprobe, metric, train_level)
-    encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
+    text_encoder = None
+    if dataset.partition(":")[0] == "ilias-text":
+        _check_text_options(backbone, size, aspect, regions, rerank, visualize)
+        from patchify.text import describe_texts, load_towers
+
+        encoder, text_encoder = load_towers(backbone, checkpoint, random_weights, device)
+    else:
+        encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
     reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     adapter = _load_adapter(adapt, encoder)
     benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
-    described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
+    if text_encoder:
+        described = describe_texts(benchmark, encoder, text_encoder, scheme, data / "stores", batch_size)
+    else:
+        described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
     run = _first_stage(described, _index_builder(index, settings, described, data), rescore, adapter, expand)
     if reranker:
         run = reranker(run, encoder, data)
