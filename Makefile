@@ -5,7 +5,7 @@ DATASET ?= mini
 BACKBONE ?= mini
 BIN := .venv/bin
 
-.PHONY: install reports test test-lowest bench train-mini train-rerankers train-heads notebooks hooks clean
+.PHONY: install reports lab test test-lowest bench train-mini train-rerankers train-heads notebooks hooks clean
 
 install: .venv/installed
 
@@ -17,9 +17,15 @@ install: .venv/installed
 
 reports: install
 	$(BIN)/patchify report --dataset "$(DATASET)" --backbone "$(BACKBONE)"
+	$(BIN)/patchify report --book
 
+# JupyterLab in which opening a notebook does not mark it as modified, and saving keeps it clean
+lab: install
+	$(BIN)/jupyter lab --config jupyter_config.py
+
+# two processes; a test file stays in one of them, because its tests share what they prepare
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # the lowest versions that settings.ini allows, in an environment of its own; not part of CI
 test-lowest:

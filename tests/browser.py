@@ -13,12 +13,13 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class Browser:
-    "One page of a headless Chromium. `errors` collects what it writes to the console as an error, and exceptions."
+    "One page of a headless Chromium. `errors` collects exceptions and console errors, `calls` what `toPython` is called with."
 
     def __init__(self, profile: Path):
         import websocket
 
         self.errors = []
+        self.calls = []
         self._numbers = itertools.count(1)
         words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-dev-shm-usage"]
         words += ["--remote-debugging-port=0", "--remote-allow-origins=*", f"--user-data-dir={profile}", "about:blank"]
@@ -36,6 +37,7 @@ class Browser:
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
+        self.send("Runtime.addBinding", name="toPython")
 
     def send(self, method: str, **parameters) -> dict:
         "Call a method of the protocol and wait for its answer."
@@ -55,7 +57,9 @@ class Browser:
     def _note(self, event: dict) -> None:
         "Remember an error of the page."
         found = event.get("params", {})
-        if event.get("method") == "Runtime.exceptionThrown":
+        if event.get("method") == "Runtime.bindingCalled":
+            self.calls.append(json.loads(found["payload"]))
+        elif event.get("method") == "Runtime.exceptionThrown":
             self.errors.append(str(found["exceptionDetails"]))
         elif event.get("method") == "Runtime.consoleAPICalled" and found["type"] in ("error", "assert"):
             self.errors.append(str(found["args"]))
@@ -85,7 +89,7 @@ class Browser:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=url)
-        self.until(f"location.href !== 'about:blank' && document.readyState === 'complete'", 60)
+        self.until("location.href !== 'about:blank' && document.readyState === 'complete'", 60)
 
     def mouse(self, kind: str, x: float, y: float) -> None:
         "A mouse event: pressed, moved or released."

@@ -49,9 +49,29 @@ def test_every_experiment_makes_its_page(pages):
 def test_pages_need_neither_network_nor_script(pages):
     for page in [*pages.glob("*.html"), pages.parent / "index.html"]:
         text = page.read_text()
-        assert "<script" not in text and not re.search(r"(src|href)=\"?https?:", text)
+        assert ("<script" in text) == (page.stem == "explorer") and not re.search(r"(src|href)=\"?https?:", text)
         local = [link for link in re.findall(r'(?:src|href)="([^":#]+)"', text) if not link.startswith("data:")]
         assert local and all((page.parent / link).exists() for link in local)
+
+
+def test_pages_and_book_are_one_site_that_can_be_published_as_it_is(command, pages):
+    site = pages.parent
+    done = command("report", "--book", "--reports", site, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    html = {page: re.sub(r"<pre>.*?</pre>|<script.*?</script>|srcdoc=\"[^\"]*\"", "", page.read_text(), flags=re.S) for page in site.rglob("*.html")}
+    for page, text in html.items():
+        assert not re.search(r"(src|href)=[\"']?https?:", text)
+        for link, anchor in re.findall(r'(?:src|href)="([^":#]*)(?:#([^"]*))?"', text):
+            target = (page.parent / link).resolve() if link else page
+            assert target.is_relative_to(site.resolve()) and target.exists(), f"{page.name}: {link}"
+            assert not anchor or f"id={anchor}" in target.read_text(), f"{page.name}: {link}#{anchor}"
+    notebooks = {path.stem.lstrip("0123456789_") for path in (ROOT / "nbs").glob("*/*.ipynb")}
+    assert notebooks <= {page.stem for page in (site / "book").rglob("*.html")}
+    assert "../book/core/pyramid.html" in html[pages / "levels.html"] and "../papers.html#patchify" in html[pages / "levels.html"]
+    assert "tiny-mini/levels.html" in html[site / "book/core/pyramid.html"]
+    formulas = "".join(text for page, text in html.items() if page.is_relative_to(site / "book"))
+    assert formulas.count("<math") > 150 and "merror" not in formulas and "nbdev_export" not in formulas
+    assert sum(file.stat().st_size for file in (site / "book").rglob("*.*")) < 8e6
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +109,7 @@ def test_two_backbones_are_compared(command, data, tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "tiny-test_resnet+test_vit-random"
     assert set(pd.read_csv(run / "levels-levels.csv").backbone) == {"test_resnet", "test_vit"}
+    assert "<h2>All runs</h2>" in (tmp_path / "index.html").read_text()
 
 
 GALLERY = ["report", "--dataset", "tiny", "--level", 1, "--only", "gallery"]
@@ -202,6 +223,15 @@ def test_random_weights_are_announced(command, data, tmp_path):
     done = command("report", "--dataset", "tiny", "--level", 1, "--random-weights", "--backbone", "test_resnet", "--data", data, "--reports", tmp_path, "--only", "locscore", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert '<p class=warning>Random weights' in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
+
+
+@pytest.mark.parametrize("name, shorter", [("token", 'tokens="1,4"'), ("asymmetric", 'architecture=""')])
+def test_shipped_networks_need_no_training_products(command, rendered, tmp_path, name, shorter):
+    "The pages' own settings, for which heads and students ship. A look at the pictures draws eight products."
+    words = ["report", "--dataset", f"ilias:{rendered}", "--level", 0, "--data", tmp_path, "--reports", tmp_path]
+    done = command(*words, "--only", name, "-p", shorter, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("training-*")] == ["training-products-8"]
 
 
 @pytest.mark.parametrize("name", LONG)
