@@ -12,7 +12,7 @@ install: .venv/installed
 .venv/installed: settings.ini setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "patchify needs Python 3.10 or newer: name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[report,locore,hdf5,text,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[report,locore,hdf5,text,cluster,dev]'
 	touch $@
 
 reports: install
@@ -25,7 +25,7 @@ test: install
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
-	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[report,locore,hdf5,text,dev]'
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[report,locore,hdf5,text,cluster,dev]'
 	.venv-lowest/bin/python -m pytest -q --ignore tests/test_notebooks.py --ignore tests/test_report.py
 
 bench: install

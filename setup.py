@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-EXTRAS = ("report", "locore", "hdf5", "text", "dev")
+EXTRAS = ("report", "locore", "hdf5", "text", "cluster", "dev")
 
 
 def lines(key: str) -> list[str]:
@@ -45,7 +45,7 @@ setup(
     packages=[*find_packages(include=[f"{cfg['lib_name']}*"]), "patchify.experiments"],
     package_dir={"patchify.experiments": "nbs/experiments"},
     package_data={
-        cfg["lib_name"]: ["weights/*", "published.csv", "py.typed"],
+        cfg["lib_name"]: ["weights/*", "published.csv", "rates.csv", "py.typed"],
         "patchify.experiments": ["*.ipynb"],
     },
     install_requires=lines("requirements"),

@@ -8,6 +8,7 @@ __all__ = ['index', 'search', 'check']
 # %% ../../nbs/commands/82_folders.ipynb #c002
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -16,6 +17,7 @@ import typer
 from patchify.commands.app import (
     Aspect, Backbone, Checkpoint, Device, JsonFile, Level, RandomWeights, Size, app, check_target, write_text,
 )
+from .scale import index_share, index_with_workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +38,12 @@ def index(
     aspect: Aspect = "stretch",
     level: Level = 3,
     device: Device = None,
+    part: Annotated[
+        Optional[str], typer.Option(help="i/n: encode this share only, on one of n machines; then `patchify merge`")
+    ] = None,
+    cluster: Annotated[
+        Optional[str], typer.Option(help="encode on a Ray cluster: its address, auto, or local for this machine")
+    ] = None,
 ):
     "Index a folder of images, or bring its index up to date."
     from patchify.boxes import Regions
@@ -45,9 +53,14 @@ def index(
     regions = Regions("pyramid", level)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    encoder = load_encoder(backbone, checkpoint, random_weights, device, size=size, aspect=aspect)
+    load = partial(load_encoder, backbone, checkpoint, random_weights, device, size=size, aspect=aspect)
     try:
-        found = index_folder(folder, out, encoder, regions)
+        if part:
+            return index_share(folder, out, load(), regions, part)
+        if cluster:
+            found = index_with_workers(folder, out, load, regions, cluster, device == "cuda")
+        else:
+            found = index_folder(folder, out, load(), regions)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on where it stopped") from None
     failed = len(found.images) - len(found)
