@@ -245,6 +245,8 @@ def plan_steps(
     visited = plan.n_probe / plan.n_lists if plan.n_lists else 1
     codes = vectors * visited * plan.n_subvectors * plan.n_bits / 8
     search = hours(codes, "search", "ivfpq")
+    nearest = hours(plan.n_lists * plan.dim, "add")  # the lists that a query visits
+    search = None if search is None or nearest is None else search + nearest
     return [*steps, Step("search", "one query", search, plan.search_bytes / machines, 0)]
 
 # %% ../nbs/core/24_plan.ipynb #c024
