@@ -36,8 +36,8 @@ if Path(sys.argv[0]).stem == "patchify":  # the console script, from its first m
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
 
-# %% ../nbs/80_cli.ipynb #s002
-from .commands import evaluate, folders, report, rerank, train  # noqa: F401, each adds its commands to the app
+# %% ../nbs/80_cli.ipynb #m005
+from .commands import evaluate, folders, report, rerank, scale, train  # noqa: F401, each adds its commands to the app
 from .commands.app import app
 
 # %% ../nbs/80_cli.ipynb #c006

@@ -159,11 +159,6 @@ class Descriptors:
             if array is not None and tuple(array.shape[:len(wanted)]) != wanted:
                 found = f"{name} has shape {tuple(array.shape)}"
                 raise ValueError(f"{found}, but there are {shape[0]} images of {shape[1]} descriptors")
-        if self.valid is not None:
-            empty = ~np.asarray(self.valid).any(1)
-            if empty.any():
-                first, count = int(np.argmax(empty)), int(empty.sum())
-                raise ValueError(f"image {first} has no valid descriptor ({count} such images)")
 
     def __len__(self) -> int:
         return sum(map(len, self.values)) if self._blocked else len(self.values)
