@@ -203,8 +203,8 @@ def index_is_rebuilt(world):
 CASES += [Case(f"compressed index {damage}", damage_compressed(damage), r"\.index", after=index_is_rebuilt)
           for damage in DAMAGES]
 CASES += [
-    Case("merging a missing index", lambda world: world.call(merge_indexes, [world.path / "none.index"]), "none.index"),
-    Case("merging a folder", lambda world: world.call(merge_indexes, [world.path]), "is not an index|no such|folder"),
+    Case("merging a missing index", lambda world: world.call(merge_indexes, [world.path / "none.index"], world.path / "merged.index"), "none.index"),
+    Case("merging a folder", lambda world: world.call(merge_indexes, [world.path], world.path / "merged.index"), "is not an index|no such|folder"),
 ]
 
 
