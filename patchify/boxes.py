@@ -103,7 +103,8 @@ class Regions:
     def __post_init__(self):
         if self.kind not in REGION_KINDS:
             raise ValueError(f"unknown regions {self.kind!r}: choose one of {', '.join(REGION_KINDS)}")
-        pyramid_grids(self.level)
+        if self.level < 0:
+            raise ValueError(f"level must be 0 or more, got {self.level}")
         if self._expected > MOST_REGIONS:
             problem = f"level {self.level} gives {self._expected} {self.kind} regions per image"
             raise ValueError(f"{problem}: choose a level that gives at most {MOST_REGIONS}")
