@@ -152,7 +152,7 @@ def _frame(index: CompressedIndex, rows: int) -> bytes:
 
 
 def _write_lists(file: BinaryIO, frame: bytes, cores: list[faiss.IndexIVFPQ]) -> None:
-    "Inverted lists as FAISS writes them: all sizes, then codes and row numbers of each list. One list is held at a time."
+    "Inverted lists as FAISS writes them: all sizes, then codes and row numbers of each list, one list at a time."
     lists = [core.invlists for core in cores]
     sizes = np.array([[part.list_size(i) for i in range(cores[0].nlist)] for part in lists], np.uint64)
     total = sizes.sum(axis=0)

@@ -55,7 +55,7 @@ MANY_LISTS = 16_384
 def points_per_centroid(
     n_centroids: int,  # inverted lists, or codewords if there are more of them
 ) -> int:
-    "Training descriptors per centroid: 256, which FAISS recommends at most, or 50 where those would not fit into memory."
+    "Training descriptors per centroid: 256, as in FAISS, or 50 where those would not fit into memory."
     return 50 if n_centroids > MANY_LISTS else 256
 
 
@@ -264,13 +264,15 @@ def plan_problems(
     if search > room:
         alternatives = [f"{-(-plan.search_bytes // int(room))} machines that search a part each"]
         alternatives.append(f"{format_bytes(plan.search_bytes / SHARE)} of memory")
-        fewer = [level for level, patches in enumerate((1, 5, 14, 30)) if patches < plan.patches and _fits(plan, patches)]
+        levels = [(level, patches) for level, patches in enumerate((1, 5, 14, 30)) if patches < plan.patches]
+        fewer = [level for level, patches in levels if _fits(plan, patches)]
         if fewer:
             alternatives.append(f"pyramid level {fewer[-1]}")
         if plan.kind == "exact":
             alternatives.append("an IVF-PQ index")
-        slow = "searching from disk works, but slowly"
-        problems.append(f"search needs {format_bytes(search)}, {available}; {slow}. It fits with {' or '.join(alternatives)}")
+        remedy = f"It fits with {' or '.join(alternatives)}"
+        problem = f"search needs {format_bytes(search)}, {available}; searching from disk works, but slowly"
+        problems.append(f"{problem}. {remedy}")
     return problems
 
 
