@@ -2,6 +2,7 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
+__distribution__ = "patchify-retrieval"  # an unrelated `patchify` has no such line
 
 # Names load their module when they are first used, so that `import patchify` takes no time.
 _HOMES = {

@@ -31,7 +31,7 @@ from .encoder import Encoder, load_encoder
 from .files import atomic_write
 from .images import IMAGE_SUFFIXES, find_images, _open_bytes, open_image
 from .pyramid import cut_patches
-from .search import ExactIndex, SearchResult
+from .search import ExactIndex, ImageIndex, SearchResult
 from .extraction import extract
 from .store import Store, check_store, read_manifest
 
@@ -198,19 +198,21 @@ class FolderIndex:
         pixels = cut_patches(image, box[None].astype(int), encoder.size, encoder.device, padding=encoder.padding)
         return encoder(pixels).cpu().numpy()
 
-    def blocks(self) -> list[np.ndarray]:
-        "Descriptors of all readable images in the order of their ids: blocks (n_i, P, D), memory maps where none is gone."
+    def blocks(
+        self,
+        ids: np.ndarray | None = None,  # of readable images, rising; None: all of them
+    ) -> list[np.ndarray]:  # blocks (n_i, P, D), memory maps
+        "Descriptors of images in the order of their ids."
+        images = self.readable if ids is None else self.readable[self.readable["id"].isin(ids)]
         found = []
-        for part, images in self.readable.groupby("part"):
+        for part, of_part in images.groupby("part"):
             store = self.stores[part]
-            alive = np.isin(store.rows, images["row"])
+            wanted = np.isin(store.rows, of_part["row"])
             start = 0
             with self._with_remedy():
                 for block in store.descriptors():
-                    keep = alive[start:start + len(block)]
+                    found += [block[run] for run in _runs(wanted[start:start + len(block)])]
                     start += len(block)
-                    if keep.any():
-                        found.append(block if keep.all() else block[keep])
         return found
 
     @cached_property
@@ -222,7 +224,7 @@ class FolderIndex:
         self,
         queries: np.ndarray,  # (Q, D) unit rows, from `describe`
         k: int = 10,  # images per query
-        index=None,  # a compressed index over the same ids; None: exact search
+        index: ImageIndex | None = None,  # over the same ids, as from `open_searcher`; None: exact search
     ) -> list[list[dict]]:  # per query, the hits: {"path", "score", "box"}, best first
         "The best images of each query, and which region of each matched."
         result = (index or self.exact).search(queries, k)
@@ -246,6 +248,12 @@ class FolderIndex:
         image = self.readable.iloc[place]
         with self._with_remedy():
             return self.stores[image["part"]].boxes(int(image["row"]))
+
+
+def _runs(mask: np.ndarray) -> list[slice]:
+    "The stretches of a mask (n,) that are True."
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [slice(start, stop) for start, stop in edges.reshape(-1, 2)]
 
 
 def part_folder(out: Path, part: int) -> Path:
@@ -292,7 +300,8 @@ def find_changes(
     "Compare a folder with the table of its index."
     folder = Path(folder)
     known = {row.path: row for row in images.itertuples(index=False)}
-    kept, new = [], []
+    kept = []
+    new = []
     for _, path in tqdm(find_images(folder), "listing", unit="image", disable=None):
         before = known.get(path)
         file = _file_state(folder, path, before)

@@ -175,7 +175,8 @@ def _read_table(path: Path, expected: str, columns: list[str]) -> pd.DataFrame:
     content = _read_bytes(path)
     if checksum(content) != expected:
         raise _damaged(path, "its checksum differs")
-    table = pd.read_csv(io.BytesIO(content), keep_default_na=False)
+    texts = dict.fromkeys(("descriptors", "patches", "path", "reason"), str)  # a checksum may look like a number
+    table = pd.read_csv(io.BytesIO(content), keep_default_na=False, dtype=texts)
     if list(table) != columns:
         raise _damaged(path, f"its columns are not {', '.join(columns)}")
     return table

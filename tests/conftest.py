@@ -10,9 +10,8 @@ from filelock import FileLock
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # None: the only process of the tests
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch and FAISS load: spinning threads would fight over few cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores, and sums keep their order
 os.environ.setdefault("TQDM_DISABLE", "1")
-if WORKER:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 ROOT = Path(__file__).parent.parent
 WARM = Path(__file__).with_name("warm.py")

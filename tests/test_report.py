@@ -226,6 +226,15 @@ def test_random_weights_are_announced(command, data, tmp_path):
     assert '<p class=warning>Random weights' in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
 
 
+@pytest.mark.parametrize("name, shorter", [("token", 'tokens="1,4"'), ("asymmetric", 'architecture=""')])
+def test_shipped_networks_need_no_training_products(command, rendered, tmp_path, name, shorter):
+    "The pages' own settings, for which heads and students ship. A look at the pictures draws eight products."
+    words = ["report", "--dataset", f"ilias:{rendered}", "--level", 0, "--data", tmp_path, "--reports", tmp_path]
+    done = command(*words, "--only", name, "-p", shorter, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("training-*")] == ["training-products-8"]
+
+
 @pytest.mark.parametrize("name", LONG)
 def test_a_long_experiment_runs_when_it_is_asked_for(command, data, tmp_path, name):
     short = ["-p", "steps=3"] if name in ("token", "asymmetric") else []

@@ -667,3 +667,14 @@ def test_a_million_descriptors_stay_below_two_gigabytes(tmp_path):
     ended = subprocess.run([sys.executable, "-c", MILLION, str(tmp_path / "store")], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) < 2000
+
+
+def test_a_checksum_that_looks_like_a_number_is_read_as_text(tmp_path):
+    from patchify.files import checksum
+    from patchify.store import FAILURE_COLUMNS, SHARD_COLUMNS, _read_table
+
+    for name, columns, row in (("shards.csv", SHARD_COLUMNS, ["3", "10", "0012345678901234", "20", "12e4567890123456"]),
+                               ("failures.csv", FAILURE_COLUMNS, ["0", "007", "1"])):
+        content = f"{','.join(columns)}\n{','.join(row)}\n".encode()
+        (tmp_path / name).write_bytes(content)
+        assert [str(value) for value in _read_table(tmp_path / name, checksum(content), columns).iloc[0]] == row

@@ -102,7 +102,6 @@ def serve(path: str) -> None:
     waiting.register(listener, selectors.EVENT_READ)
     waiting.register(sys.stdin, selectors.EVENT_READ)
     running = {}  # connection -> process
-    texts = {}  # DEBUG
     ends = {}  # file that tells of a process's end -> connection
     while True:
         for key, _ in waiting.select():
@@ -123,7 +122,6 @@ def serve(path: str) -> None:
                 for file in files:
                     os.close(file)
                 connection.sendall(b"%d\n" % process)
-                texts[connection] = f"{request['folder']} {request['arguments'][1:5]} {request['environment'].get('PYTEST_CURRENT_TEST')}"  # DEBUG
                 end = os.pidfd_open(process)
                 running[connection] = process
                 ends[end] = connection
@@ -134,8 +132,7 @@ def serve(path: str) -> None:
                 os.kill(running[key.fileobj], signal.SIGKILL)
             else:
                 connection = ends.pop(key.fileobj)
-                _, status, used = os.wait4(running.pop(connection), 0)
-                open("/tmp/speed/used2.log", "a").write(f"{used.ru_utime + used.ru_stime:.1f} {texts.pop(connection)}\n")  # DEBUG
+                _, status = os.waitpid(running.pop(connection), 0)
                 waiting.unregister(key.fileobj)
                 os.close(key.fileobj)
                 if connection in [other.fileobj for other in waiting.get_map().values()]:

@@ -20,13 +20,14 @@ from patchify.commands.app import (
     Aspect, Backbone, Checkpoint, Data, Device, JsonFile, Level, RandomWeights, Size,
     app, check_choice, check_target, write_text,
 )
-from .official import OFFICIAL, evaluate_official, load_backbone
+from .official import OFFICIAL, evaluate_features, evaluate_official, load_backbone
 
 if TYPE_CHECKING:
     from patchify.compress import CompressedIndex
     from patchify.encoder import Encoder
     from patchify.evaluate import Described, Retrieval
     from patchify.retrieval_set import RetrievalSet
+    from patchify.search import SearchResult
 
 # %% ../../nbs/commands/81_evaluate.ipynb #c008
 def _summary(name: str, figures: dict) -> str:
@@ -47,6 +48,12 @@ def _summary(name: str, figures: dict) -> str:
         lines.append("          " + "".join(f"  R@{k} {_number(value)}" for k, value in figures["r@k"].items()))
     if figures["locscore_iou"] is not None or figures["locscore_hit"] is not None or figures["score"] == "mAP@1000":
         lines.append(f"LocScore    {_number(figures['locscore_iou'])} (iou)  {_number(figures['locscore_hit'])} (hit)")
+    if "oracle" in figures:
+        lines.append(f"oracle      {_number(figures['oracle'])}")
+    for table in ("scale", "clutter", "categories"):
+        if table in figures:
+            parts = "".join(f"  {group} {_number(value)}" for group, value in figures[table].items())
+            lines.append(f"{table:10}{parts}")
     if figures.get("published"):
         rows = ", ".join(f"{name} {_number(value)}" for name, value in figures["published"].items())
         lines.append(f"published   {rows}")
@@ -125,6 +132,19 @@ def _check_first_stage(index: str, rescore: int, adapt: Path | None, expand: int
             raise ValueError(f"{option} cannot be combined with --rerank")
 
 
+def _check_text_options(
+    backbone: str, size: int | None, aspect: str, regions: str, rerank: str | None, visualize: Path | None
+) -> None:
+    "Refuse options that need a query image or another image tower."
+    if backbone == "mini":
+        raise ValueError("text queries need an encoder with a text tower: --backbone siglip, siglip2 or clip")
+    given = {"--size": size, "--rerank": rerank, "--visualize": visualize}
+    given |= {"--aspect pad": aspect != "stretch", "--regions pool": regions == "pool"}
+    for option, value in given.items():
+        if value:
+            raise ValueError(f"{option} does not go with text queries")
+
+
 def _load_adapter(path: Path | None, encoder: "Encoder") -> Callable | None:
     "The linear adaptation in a file, checked against the encoder."
     if path is None:
@@ -199,6 +219,14 @@ def _locscores(run: "Retrieval", iou: str) -> dict:
     return found
 
 
+def _export(path: Path, benchmark: "RetrievalSet", result: "SearchResult") -> None:
+    "Write ILIAS's similarity file, its folder made if need be."
+    from patchify.data.ilias_files import save_similarities
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_similarities(path, benchmark.queries["id"], benchmark.gallery["id"], result.scores, result.ranks)
+
+
 def _draw_results(run: "Retrieval", folder: Path, queries: int = 20) -> None:
     "The first results of the first queries as pictures, one file each."
     import matplotlib.pyplot as plt
@@ -218,7 +246,9 @@ RERANKERS = ("ames", "ames_binary", "locore", "ames_patches", "locore_patches")
 
 @app.command()
 def evaluate(
-    dataset: Annotated[str, typer.Option(help="mini, tiny, ilias:DIR, roxford5k:DIR, cub:DIR, ...")] = "mini",
+    dataset: Annotated[
+        str, typer.Option(help="mini, tiny, ilias:DIR, ilias-text:DIR, ilias-features:DIR, roxford5k:DIR, cub:DIR, ...")
+    ] = "mini",
     backbone: Backbone = "mini",
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
@@ -260,6 +290,8 @@ def evaluate(
         Optional[int], typer.Option(min=1, help="raml: query pixels; default: 224 with --student, else the gallery's")
     ] = None,
     gallery_size: Annotated[Optional[int], typer.Option(min=1, help="raml: gallery pixels; default: 448")] = None,
+    queries: Annotated[str, typer.Option(help="ilias-features: image or text")] = "image",
+    distractors: Annotated[str, typer.Option(help="ilias-features: all, mini or none")] = "all",
     visualize: Annotated[
         Optional[Path], typer.Option(help="write the first results of the first 20 queries as pictures to this folder")
     ] = None,
@@ -285,13 +317,26 @@ def evaluate(
     from patchify.boxes import Regions
     from patchify.data.registry import load
     from patchify.evaluate import describe, metrics_dict
-    from patchify.data.ilias_files import save_similarities
     from patchify.files import file_checksum
     from patchify.pages.page import provenance
     from patchify.zoo.rerankers import Reranker
 
     if backbone != "raml" and (student or query_size or gallery_size):
         raise ValueError("--student, --query-size and --gallery-size belong to --backbone raml")
+    kind, _, folder = dataset.partition(":")
+    if kind == "ilias-features":
+        if expand or rerank or rescore or visualize or index != "exact":
+            options = "--expand, --index, --rerank, --rescore or --visualize"
+            raise ValueError(f"--dataset ilias-features holds descriptors: it does not take {options}")
+        found, ranking = evaluate_features(folder, queries, distractors, adapt, protocol, device)
+        about = {"dataset": dataset, "queries": queries, "distractors": distractors}
+        found["provenance"] = provenance(**about, adapt=adapt and file_checksum(adapt))
+        print(_summary(dataset, found))
+        if json_file:
+            write_text(json_file, json.dumps(found, indent=1))
+        if export:
+            _export(export, ranking.benchmark, ranking.result)
+        return
     if backbone in OFFICIAL:
         benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
         asymmetric = (student, query_size, gallery_size)
@@ -309,11 +354,21 @@ def evaluate(
             return
     scheme = Regions(regions, level)
     settings = _index_settings(index, m, nbits, nlist, nprobe, metric, train_level)
-    encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
+    text_encoder = None
+    if dataset.partition(":")[0] == "ilias-text":
+        _check_text_options(backbone, size, aspect, regions, rerank, visualize)
+        from patchify.text import describe_texts, load_towers
+
+        encoder, text_encoder = load_towers(backbone, checkpoint, random_weights, device)
+    else:
+        encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
     reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     adapter = _load_adapter(adapt, encoder)
     benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
-    described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
+    if text_encoder:
+        described = describe_texts(benchmark, encoder, text_encoder, scheme, data / "stores", batch_size)
+    else:
+        described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
     run = _first_stage(described, _index_builder(index, settings, described, data), rescore, adapter, expand)
     if reranker:
         run = reranker(run, encoder, data)
@@ -342,6 +397,4 @@ def evaluate(
     if visualize:
         _draw_results(run, visualize)
     if export:
-        export.parent.mkdir(parents=True, exist_ok=True)
-        queries = run.described.benchmark.queries["id"]
-        save_similarities(export, queries, benchmark.gallery["id"], run.result.scores, run.result.ranks)
+        _export(export, run.described.benchmark, run.result)

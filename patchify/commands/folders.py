@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from patchify.commands.app import (
-    Aspect, Backbone, Checkpoint, Device, JsonFile, Level, RandomWeights, Size, app, check_target, write_text,
+    Aspect, Backbone, Checkpoint, Device, JsonFile, Level, RandomWeights, Size, app, check_choice, check_target,
+    write_text,
 )
 from .official import load_backbone, load_index_encoder
 
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
     from patchify.encoder import Encoder
     from patchify.folder_index import FolderIndex
     from patchify.pages.results import QueryHits
+    from patchify.search import ImageIndex
 
 # %% ../../nbs/commands/82_folders.ipynb #c009
+_KINDS = ("exact", "pq", "ivfpq", "auto")
+_INDEX_HELP = "how to search: exact, pq or ivfpq; auto: exact as long as it fits into memory; default: as before, or auto"
+
+
 @app.command()
 def index(
     folder: Annotated[Path, typer.Argument(help="images, searched recursively, through links, tar files included")],
@@ -36,10 +42,13 @@ def index(
     size: Size = None,
     aspect: Aspect = "stretch",
     level: Level = 3,
+    kind: Annotated[Optional[str], typer.Option("--index", help=_INDEX_HELP)] = None,
     device: Device = None,
 ):
     "Index a folder of images, or bring its index up to date."
+    check_choice("--index", kind or "auto", _KINDS)
     from patchify.boxes import Regions
+    from patchify.compressed_folder import open_searcher, remember_kind
     from patchify.folder_index import index_folder
 
     regions = Regions("pyramid", level)
@@ -48,11 +57,16 @@ def index(
     encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
     try:
         found = index_folder(folder, out, encoder, regions)
+        if kind:
+            remember_kind(found, kind)
+        choice = open_searcher(found, verify=True)[1] if len(found) else ""
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on where it stopped") from None
     failed = len(found.images) - len(found)
     note = f"; {failed} could not be read, see {out / 'failures.csv'}" if failed else ""
     print(f"{len(found)} images x {regions.count} patches in {out}{note}")
+    if choice:
+        print(choice)
 
 # %% ../../nbs/commands/82_folders.ipynb #c012
 def _parse_box(text: str | None, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -97,6 +111,7 @@ def search(
     per_image: Annotated[int, typer.Option(help="regions per image, overlapping ones suppressed")] = 1,
     min_score: Annotated[float, typer.Option(help="leave out hits with a lower score")] = -1.0,
     refine: Annotated[int, typer.Option(min=0, help="refine the boxes of the first images of every query")] = 0,
+    kind: Annotated[Optional[str], typer.Option("--index", help=_INDEX_HELP)] = None,
     html_file: Annotated[Optional[Path], typer.Option("--html", help="write a page with pictures")] = None,
     json_file: JsonFile = None,
     checkpoint: Checkpoint = None,
@@ -110,6 +125,8 @@ def search(
         raise ValueError(f"-k must be at least 1, got {k}")
     if per_image < 1:
         raise ValueError(f"--per-image must be at least 1, got {per_image}")
+    check_choice("--index", kind or "auto", _KINDS)
+    from patchify.compressed_folder import open_searcher
     from patchify.folder_index import FolderIndex
     from patchify.images import open_image
     from patchify.pages.results import QueryHits, results_page
@@ -117,13 +134,25 @@ def search(
     if (text is None) == (not images):
         raise ValueError("name query images or a sentence with --text, one of the two")
     opened = FolderIndex.open(directory)
-    queries = []
-    if text:
-        from patchify.text import load_towers
+    searcher, choice = open_searcher(opened, kind)
+    print(choice, file=sys.stderr)
 
-        encode = load_towers(opened.manifest["encoder"], checkpoint, random_weights, device)[1]
-        queries.append(QueryHits(text, None, None, _keep(opened, encode([text]), k, per_image, min_score)))
-        _print_hits(queries[0], alone=True)
+    def answer(name, image, corners, query, encoder, alone):
+        hits = _keep(opened, searcher, query, k, per_image, min_score)
+        hits = [_refined(opened, encoder, query[0], hit) for hit in hits[:refine]] + hits[refine:]
+        found = QueryHits(name, image, corners, hits)
+        _print_hits(found, alone)
+        return found
+
+    queries = []
+    if text is not None:
+        from patchify.text import check_towers, load_towers
+
+        encoder, encode = load_towers(opened.manifest["encoder"], checkpoint, random_weights, device)
+        query = encode([text])
+        if not random_weights:
+            check_towers(opened, encoder)
+        queries.append(answer(text, None, None, query, encoder, alone=True))
     else:
         files = _query_files(images)
         if box and len(files) > 1:
@@ -133,24 +162,22 @@ def search(
             image = open_image(file)
             corners = _parse_box(box, image.size)
             query = opened.describe(encoder, image, corners)
-            hits = _keep(opened, query, k, per_image, min_score)
-            if refine:
-                hits = [_refined(opened, encoder, query[0], hit) for hit in hits[:refine]] + hits[refine:]
-            queries.append(QueryHits(str(file), image, corners, hits))
-            _print_hits(queries[-1], alone=len(files) == 1)
+            queries.append(answer(str(file), image, corners, query, encoder, alone=len(files) == 1))
     if json_file:
         found = [query.hits for query in queries]
         write_text(json_file, json.dumps(found if len(found) > 1 else found[0], indent=1))
     if html_file:
-        about = f"{opened.manifest['encoder']}, L{opened.regions.level}, exact search over {len(opened)} images"
+        about = f"{opened.manifest['encoder']}, L{opened.regions.level}, {choice.kind} search over {len(opened)} images"
         write_text(html_file, results_page(queries, opened.folder, about))
 
 
-def _keep(index: "FolderIndex", query: "np.ndarray", k: int, per_image: int, min_score: float) -> list[dict]:
+def _keep(
+    index: "FolderIndex", searcher: "ImageIndex", query: "np.ndarray", k: int, per_image: int, min_score: float
+) -> list[dict]:
     "The hits of one query (1, D): the best regions of the best images, if they score enough."
     from patchify.folder_index import best_regions
 
-    hits = index.search(query, k)[0]
+    hits = index.search(query, k, searcher)[0]
     if per_image > 1:
         hits = [region for hit in hits for region in best_regions(index, query[0], hit["path"], per_image)]
     return [hit for hit in hits if hit["score"] >= min_score]
@@ -186,7 +213,12 @@ def check(
     if not directory.is_dir():
         raise ValueError(f"no such folder: {directory}")
     is_index = any(any(directory.glob(name)) for name in ("images.parquet", "pending.parquet", "part-*"))
-    problems = FolderIndex.open(directory).check() if is_index else check_store(directory)
+    if is_index:
+        from patchify.compressed_folder import check_codes
+
+        problems = FolderIndex.open(directory).check() + check_codes(directory)
+    else:
+        problems = check_store(directory)
     if problems:
         print("\n".join(problems[1:]), file=sys.stderr, end="\n" * (len(problems) > 1))
         raise ValueError(problems[0])

@@ -64,7 +64,7 @@ def class_numbers(
     names, numbers = np.unique(np.array([str(label) for label in labels], dtype=object), return_inverse=True)
     return numbers.astype(np.int64), names.tolist()
 
-# %% ../../nbs/data/22_classes.ipynb #c014
+# %% ../../nbs/data/22_classes.ipynb #new8812c
 def _table(rows: list[tuple]) -> pd.DataFrame:
     "Rows of (path, label, part, box) as the table of a LabelledSet; the path is the id."
     table = pd.DataFrame(rows, columns=["path", "label", "part", "box"])
@@ -85,7 +85,7 @@ def _numbered(path: Path, *fields: str) -> dict[str, list[str]]:
     "A list whose lines begin with the number of an image: number -> the other fields."
     return {values[0]: values[1:] for _, values in unique_rows(path, read_fields(path, ("image number", *fields)))}
 
-
+# %% ../../nbs/data/22_classes.ipynb #c014
 def _cub_boxes(path: Path) -> dict[str, np.ndarray]:
     "Boxes of CUB, where the list is there: number -> xyxy."
     if not path.exists():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_boxes', 'read_ids', 'read_taxonomy', 'load_ilias', 'load_ilias_core', 'load_ilias_mini', 'read_text_queries',
-           'load_folder']
+           'load_ilias_text', 'load_folder']
 
 # %% ../../nbs/data/20_folders.ipynb #c003
 import json
@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,23 @@ def read_text_queries(
         except UnicodeDecodeError:
             raise ValueError(f"{core / text_id}: expected UTF-8 text") from None
     return texts
+
+
+def load_ilias_text(folder: str | Path) -> RetrievalSet:
+    "ILIAS with its text queries in place of query images: what `ilias-text:DIR` loads."
+    benchmark = load_ilias(folder)
+    texts = read_text_queries(folder)
+    if not texts:
+        raise ValueError(f"no text queries in {folder}: expected <instance>/query/T*.txt")
+    empty = [text_id for text_id, text in texts.items() if not text.strip()]
+    if empty:
+        raise ValueError(f"{benchmark.root}: the text query {empty[0]} is empty")
+    instances = [text_id.split("/")[0] for text_id in texts]
+    columns = {"id": list(texts), "path": list(texts), "box": None, "instance": instances}
+    queries = pd.DataFrame(columns | {"text": [text.strip() for text in texts.values()]})
+    known = read_taxonomy(benchmark.root)
+    queries[["category", "subcategory"]] = [known.get(instance, (None, None)) for instance in instances]
+    return replace(benchmark, name=f"{benchmark.name}-text", queries=queries)
 
 # %% ../../nbs/data/20_folders.ipynb #c023
 def load_folder(

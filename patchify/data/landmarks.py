@@ -19,7 +19,7 @@ from .lists import read_image_list, read_records
 from ..files import read_pickle
 from ..retrieval_set import PROTOCOLS, Protocol, RetrievalSet
 
-# %% ../../nbs/data/23_landmarks.ipynb #c009
+# %% ../../nbs/data/23_landmarks.ipynb #new15c35
 def _rows(path: Path, query: int, entry: dict, name: str, n_gallery: int) -> np.ndarray:
     "One list of gallery rows of a query, checked."
     try:
@@ -67,7 +67,7 @@ def _boxes(path: Path, truth: list) -> list[np.ndarray]:
         boxes.append(box)
     return boxes
 
-
+# %% ../../nbs/data/23_landmarks.ipynb #c009
 def _truth_file(root: Path) -> Path:
     "The one gnd_*.pkl of a folder; a copy named for the distractors gives way."
     found = sorted(root.glob("gnd_*.pkl"))

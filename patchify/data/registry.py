@@ -19,6 +19,7 @@ LOADERS = {
     "ilias": "data.folders:load_ilias",
     "ilias-core": "data.folders:load_ilias_core",
     "ilias-mini": "data.folders:load_ilias_mini",
+    "ilias-text": "data.folders:load_ilias_text",
     "folder": "data.folders:load_folder",
     "roxford5k": "data.landmarks:load_revisited",
     "rparis6k": "data.landmarks:load_revisited",

@@ -151,6 +151,7 @@ GROUPS = {
         "gallery",
         "explorer",
         "locscore",
+        "refinement",
         "groups",
         "regions",
         "landmarks",
@@ -160,6 +161,7 @@ GROUPS = {
     "Compression": ("compression", "training_level", "budget"),
     "Cost and scale": ("scale", "speed"),
     "Learned descriptors": ("token", "asymmetric"),
+    "Interoperability": ("interoperability",),
     "The synthetic world": ("mini_encoder",),
 }
 EXPERIMENTS = tuple(name for names in GROUPS.values() for name in names)
@@ -216,6 +218,8 @@ LIBRARY = {
     "gallery": "core/evaluate",
     "explorer": "pages/explorer",
     "locscore": "core/localization",
+    "refinement": "core/box_refinement",
+    "interoperability": "core/store",
     "groups": "core/groups",
     "regions": "core/boxes",
     "landmarks": "core/scoring",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..files import read_weights
 from .backbones import load_cvnet, load_detector, load_dinov2
 
-# %% ../../nbs/rerank/41_extraction.ipynb #c006
+# %% ../../nbs/rerank/41_extraction.ipynb #newdcd81
 def _area_taps(n_in: int, n_out: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
     "Which inputs an output covers, and how much: (n_out, taps) places and float32 weights."
     scale = 1 / factor
@@ -67,7 +67,7 @@ def _block_means(image: np.ndarray, height: int, width: int, rows: int, columns:
         means = (total + 2) >> 2
     return np.where(n == rows * columns, means, np.rint(total.astype(np.float32) / n.astype(np.float32)))
 
-
+# %% ../../nbs/rerank/41_extraction.ipynb #c006
 def resize_opencv(
     image: np.ndarray,  # (H, W, 3) uint8
     factors: tuple[float, float],  # width and height are multiplied by these

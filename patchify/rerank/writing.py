@@ -71,6 +71,7 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: type) -> int:
     options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    options.set_obj_track_times(False)  # equal content, equal bytes
     with h5py.File(path, "w") as file:
         kind = h5py.h5t.py_create(np.dtype(dtype))
         array = h5py.h5d.create(file.id, b"features", kind, h5py.h5s.create_simple(shape), options)
