@@ -12,11 +12,7 @@ install: .venv/installed
 .venv/installed: settings.ini setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "patchify needs Python 3.10 or newer: name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-<<<<<<< HEAD
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all]'
-=======
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[report,explore,locore,hdf5,text,dev]'
->>>>>>> book
 	touch $@
 
 reports: install
@@ -35,11 +31,7 @@ test: install
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
-<<<<<<< HEAD
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[all]'
-=======
-	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[report,explore,locore,hdf5,text,dev]'
->>>>>>> book
 	.venv-lowest/bin/python -m pytest -q --ignore tests/test_notebooks.py --ignore tests/test_report.py
 
 bench: install

@@ -9,10 +9,6 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-<<<<<<< HEAD
-=======
-EXTRAS = ("report", "explore", "locore", "hdf5", "text", "dev")
->>>>>>> book
 
 
 def lines(key: str) -> list[str]:

@@ -34,11 +34,7 @@ def test_the_conda_environment_adds_no_dependency_of_its_own():
     plain = [item for item in environment["dependencies"] if isinstance(item, str)]
     nested = [item for item in environment["dependencies"] if isinstance(item, dict)]
     assert {item.split("=")[0].split(">")[0] for item in plain} == {"python", "jupyterlab", "pip"}
-<<<<<<< HEAD
     assert nested == [{"pip": ["-e .[all]"]}]
-=======
-    assert nested == [{"pip": ["-e .[report,explore,locore,hdf5,text,dev]"]}]
->>>>>>> book
     minimum = tuple(map(int, settings()["min_python"].split(".")))
     assert tuple(map(int, plain[0].split("=")[1].split("."))) >= minimum
 
