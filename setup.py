@@ -50,7 +50,7 @@ setup(
     packages=[*find_packages(include=[f"{cfg['lib_name']}*"]), "patchify.experiments"],
     package_dir={"patchify.experiments": "nbs/experiments"},
     package_data={
-        cfg["lib_name"]: ["weights/*", "published.csv", "py.typed"],
+        cfg["lib_name"]: ["weights/*", "published.csv", "rates.csv", "py.typed"],
         "patchify.experiments": ["*.ipynb"],
     },
     install_requires=lines("requirements"),

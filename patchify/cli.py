@@ -10,7 +10,7 @@ import logging
 import signal
 import sys
 
-from .commands import evaluate, folders, report, rerank, train  # noqa: F401, each adds its commands to the app
+from .commands import evaluate, folders, report, rerank, scale, train  # noqa: F401, each adds its commands to the app
 from .commands.app import app
 
 # %% ../nbs/80_cli.ipynb #c006

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['EXACT_BYTES', 'SHARE', 'MOST_LISTS', 'MANY_LISTS', 'parse_bytes', 'format_bytes', 'points_per_centroid', 'IndexPlan',
-           'plan_index', 'machine_memory']
+           'plan_index', 'machine_memory', 'read_rates', 'Step', 'plan_steps', 'plan_problems']
 
 # %% ../nbs/core/24_plan.ipynb #c003
+import csv
 import os
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,3 +196,84 @@ def machine_memory() -> int:  # bytes
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
+
+# %% ../nbs/core/24_plan.ipynb #c019
+def read_rates(
+    path: str | Path | None = None,  # a csv file like the packaged one; None: that
+) -> dict[tuple[str, str], float]:  # (step, setting) -> operations per second and core
+    "Measured rates. Of several machines in the file, the last counts."
+    file = files("patchify") / "rates.csv" if path is None else Path(path)
+    with file.open(newline="") as lines:
+        return {(row["step"], row["setting"]): float(row["rate"]) for row in csv.DictReader(lines)}
+
+
+@dataclass(frozen=True)
+class Step:
+    "What one step of an indexing run costs."
+    name: str
+    what: str  # amount of work, in words
+    hours: float | None  # of one machine; None: not measured
+    memory: float  # bytes
+    disk: float  # bytes written that stay, or are read by the next step
+
+
+def plan_steps(
+    plan: IndexPlan,
+    cores: int,  # of each machine
+    backbone: str = "mini",  # the encoder, by its name in the rates
+    machines: int = 1,  # that share the work; training is done by one
+    rates: dict | None = None,  # from `read_rates`; None: the packaged ones
+) -> list[Step]:
+    "Memory, disk and hours of every step: encode, train, add, search (one query)."
+    rates = read_rates() if rates is None else rates
+
+    def hours(work: float, step: str, setting: str = "", shared: int = machines) -> float | None:
+        rate = rates.get((step, setting))
+        return None if rate is None else work / rate / cores / shared / 3600
+
+    vectors = plan.vectors
+    steps = [Step("encode", f"{vectors:.3g} patches", hours(vectors, "encode", backbone), 2e9, plan.store_bytes)]
+    if plan.kind == "exact":
+        search = hours(vectors * plan.dim, "search", "exact")
+        return [*steps, Step("search", "one query", search, plan.search_bytes / machines, 0)]
+    centroids = plan.n_lists + 2**plan.n_bits
+    products = 25 * plan.training_points * plan.dim * centroids
+    steps.append(Step("train", f"{plan.training_points:.3g} descriptors", hours(products, "train", shared=1),
+                      plan.training_bytes, 0))
+    added = hours(vectors * plan.dim * centroids, "add")
+    steps.append(Step("add", f"{vectors:.3g} descriptors", added, 2e9, 2 * plan.index_bytes))
+    visited = plan.n_probe / plan.n_lists if plan.n_lists else 1
+    codes = vectors * visited * plan.n_subvectors * plan.n_bits / 8
+    search = hours(codes, "search", "ivfpq")
+    nearest = hours(plan.n_lists * plan.dim, "add")  # the lists that a query visits
+    search = None if search is None or nearest is None else search + nearest
+    return [*steps, Step("search", "one query", search, plan.search_bytes / machines, 0)]
+
+# %% ../nbs/core/24_plan.ipynb #c024
+def plan_problems(
+    plan: IndexPlan,
+    machines: int = 1,  # that hold a part of the index each
+) -> list[str]:  # one sentence each; empty: everything fits
+    "What of a plan exceeds the memory of a machine, and what would fit."
+    room = SHARE * plan.memory
+    available = f"{format_bytes(room)} ({SHARE:.0%} of {format_bytes(plan.memory)}) can be used"
+    problems = []
+    if plan.kind != "exact" and plan.training_bytes > room:
+        problems.append(f"training needs {format_bytes(plan.training_bytes)}, {available}: use a larger machine for it")
+    search = plan.search_bytes / machines
+    if search > room:
+        alternatives = [f"{-(-plan.search_bytes // int(room))} machines that search a part each"]
+        alternatives.append(f"{format_bytes(plan.search_bytes / SHARE)} of memory")
+        fewer = [level for level, patches in enumerate((1, 5, 14, 30)) if patches < plan.patches and _fits(plan, patches)]
+        if fewer:
+            alternatives.append(f"pyramid level {fewer[-1]}")
+        if plan.kind == "exact":
+            alternatives.append("an IVF-PQ index")
+        slow = "searching from disk works, but slowly"
+        problems.append(f"search needs {format_bytes(search)}, {available}; {slow}. It fits with {' or '.join(alternatives)}")
+    return problems
+
+
+def _fits(plan: IndexPlan, patches: int) -> bool:
+    "Whether the collection would fit with another number of patches."
+    return plan_index(plan.n_images, plan.dim, plan.memory, patches, plan.kind).fits

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from patchify.compress import memory
-from patchify.plan import format_bytes, parse_bytes, plan_index
+from patchify.plan import format_bytes, parse_bytes, plan_index, plan_problems, plan_steps, read_rates
 
 
 @pytest.mark.parametrize("kind", ["pq", "ivfpq"])
@@ -49,3 +49,31 @@ def test_impossible_collections_are_refused():
         plan_index(0, 64)
     with pytest.raises(ValueError, match="kind must be"):
         plan_index(10, 64, kind="flat")
+
+
+def test_what_does_not_fit_comes_with_what_would():
+    large = plan_index(10**8, 1024, 64 * 10**9)
+    [problem] = plan_problems(large)
+    assert "3 machines" in problem and "pyramid level 1" in problem and "161 GB" in problem
+    assert plan_problems(large, machines=3) == []
+    assert plan_index(10**8, 1024, 64 * 10**9, patches=5).fits
+    assert not plan_index(10**8, 1024, 64 * 10**9, patches=14).fits
+
+
+def test_hours_follow_from_the_rates():
+    rates = {("encode", "slow"): 2.0, ("train", ""): 1e9, ("add", ""): 1e9, ("search", "ivfpq"): 1e6}
+    plan = plan_index(1000, 64, 10**9, kind="ivfpq")
+    encode, train, add, search = plan_steps(plan, 4, "slow", rates=rates)
+    assert encode.hours == pytest.approx(30_000 / 2 / 4 / 3600)
+    centroids = plan.n_lists + 256
+    assert add.hours == pytest.approx(30_000 * 64 * centroids / 1e9 / 4 / 3600)
+    assert train.hours == pytest.approx(25 * plan.training_points * 64 * centroids / 1e9 / 4 / 3600)
+    shared = plan_steps(plan, 4, "slow", machines=2, rates=rates)
+    assert [step.hours for step in shared] == pytest.approx([encode.hours / 2, train.hours, add.hours / 2, search.hours / 2])
+    assert plan_steps(plan, 4, "unknown", rates=rates)[0].hours is None
+
+
+def test_the_packaged_rates_cover_every_step():
+    rates = read_rates()
+    assert {"encode", "train", "add", "search"} == {step for step, _ in rates} and min(rates.values()) > 0
+    assert {("encode", "mini"), ("search", "exact"), ("search", "ivfpq")} <= rates.keys()

@@ -37,7 +37,7 @@ def test_the_wheel_holds_weights_experiments_and_types(installed):
     package = installed / "patchify"
     assert (package / "weights/mini.safetensors").stat().st_size > 1_000_000
     assert {path.stem for path in (ROOT / "nbs/experiments").glob("*.ipynb")} == {p.stem for p in (package / "experiments").glob("*.ipynb")}
-    assert (package / "py.typed").exists() and (package / "published.csv").exists()
+    assert all((package / name).exists() for name in ("py.typed", "published.csv", "rates.csv"))
 
 
 def test_the_readme_example_runs_from_the_wheel(installed, tmp_path):

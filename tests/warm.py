@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> None:
 def become(request: dict, files: list[int]) -> None:
     "Turn a fork of the server into the process that was asked for; does not return."
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that Ctrl-C is ignored
     for place, file in enumerate(files):
         os.dup2(file, place)
         os.close(file)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from patchify.encoder import Encoder
     from patchify.evaluate import Described, Retrieval
     from patchify.retrieval_set import RetrievalSet
-    from patchify.search import SearchResult
+    from patchify.scoring import Ranking
 
 # %% ../../nbs/commands/81_evaluate.ipynb #c008
 def _summary(name: str, figures: dict) -> str:
@@ -219,12 +219,30 @@ def _locscores(run: "Retrieval", iou: str) -> dict:
     return found
 
 
-def _export(path: Path, benchmark: "RetrievalSet", result: "SearchResult") -> None:
-    "Write ILIAS's similarity file, its folder made if need be."
-    from patchify.data.ilias_files import save_similarities
+def _refuse(reason: str, options: dict) -> None:
+    "Refuse the options that were given, because of the reason."
+    given = [option for option, value in options.items() if value]
+    if given:
+        raise ValueError(f"{reason}: it does not take {', '.join(given)}")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_similarities(path, benchmark.queries["id"], benchmark.gallery["id"], result.scores, result.ranks)
+
+def _finish(
+    name: str,
+    found: dict,  # the figures
+    json_file: Path | None,
+    export: Path | None = None,  # ILIAS's similarity file
+    ranking: "Ranking | None" = None,  # what is exported
+) -> None:
+    "Print the figures and write the files that were asked for."
+    print(_summary(name, found))
+    if json_file:
+        write_text(json_file, json.dumps(found, indent=1))
+    if export:
+        from patchify.data.ilias_files import save_similarities
+
+        export.parent.mkdir(parents=True, exist_ok=True)
+        tables = (ranking.benchmark.queries["id"], ranking.benchmark.gallery["id"])
+        save_similarities(export, *tables, ranking.result.scores, ranking.result.ranks)
 
 
 def _draw_results(run: "Retrieval", folder: Path, queries: int = 20) -> None:
@@ -323,34 +341,33 @@ def evaluate(
 
     if backbone != "raml" and (student or query_size or gallery_size):
         raise ValueError("--student, --query-size and --gallery-size belong to --backbone raml")
+    patches_only = {"--expand": expand, "--rerank": rerank, "--rescore": rescore, "--visualize": visualize}
+    patches_only["--index"] = index != "exact"
     kind, _, folder = dataset.partition(":")
     if kind == "ilias-features":
-        if expand or rerank or rescore or visualize or index != "exact":
-            options = "--expand, --index, --rerank, --rescore or --visualize"
-            raise ValueError(f"--dataset ilias-features holds descriptors: it does not take {options}")
+        _refuse("--dataset ilias-features holds descriptors", patches_only)
         found, ranking = evaluate_features(folder, queries, distractors, adapt, protocol, device)
-        about = {"dataset": dataset, "queries": queries, "distractors": distractors}
-        found["provenance"] = provenance(**about, adapt=adapt and file_checksum(adapt))
-        print(_summary(dataset, found))
-        if json_file:
-            write_text(json_file, json.dumps(found, indent=1))
-        if export:
-            _export(export, ranking.benchmark, ranking.result)
+        found["provenance"] = provenance(
+            dataset=dataset, queries=queries, distractors=distractors, adapt=adapt and file_checksum(adapt)
+        )
+        _finish(dataset, found, json_file, export, ranking)
         return
     if backbone in OFFICIAL:
+        networks = (checkpoint, student, query_size, gallery_size)
+        whole_images = backbone == "token" or any(networks[1:])
+        reason = f"--backbone {backbone} is evaluated as its authors do"
+        refused = patches_only | {"--adapt": adapt, "--export": export, "--size": size}
+        if whole_images:
+            _refuse(reason, refused)
         benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
-        asymmetric = (student, query_size, gallery_size)
-        if backbone == "token" or any(asymmetric) or benchmark.protocol.recalls:
-            if adapt or expand or rerank or export or rescore or visualize or size or index != "exact":
-                options = "--adapt, --expand, --export, --index, --rerank, --rescore, --size or --visualize"
-                raise ValueError(f"--backbone {backbone} is evaluated as its authors do: it does not take {options}")
-            found = evaluate_official(backbone, benchmark, checkpoint, *asymmetric, device)
+        if whole_images or benchmark.protocol.recalls:
+            _refuse(reason, refused)
+            found = evaluate_official(backbone, benchmark, *networks, device)
             weights = [file and file_checksum(file) for file in (checkpoint, student)]
-            about = {"dataset": dataset, "data": benchmark.fingerprint, "backbone": backbone, "weights": weights}
-            found["provenance"] = provenance(**about)
-            print(_summary(benchmark.name, found))
-            if json_file:
-                write_text(json_file, json.dumps(found, indent=1))
+            found["provenance"] = provenance(
+                dataset=dataset, data=benchmark.fingerprint, backbone=backbone, weights=weights
+            )
+            _finish(benchmark.name, found, json_file)
             return
     scheme = Regions(regions, level)
     settings = _index_settings(index, m, nbits, nlist, nprobe, metric, train_level)
@@ -391,10 +408,6 @@ def evaluate(
         rerank=rerank,
         rerank_top_k=rerank_top_k,
     )
-    print(_summary(run.described.benchmark.name, found))
-    if json_file:
-        write_text(json_file, json.dumps(found, indent=1))
+    _finish(run.described.benchmark.name, found, json_file, export, run.ranking)
     if visualize:
         _draw_results(run, visualize)
-    if export:
-        _export(export, run.described.benchmark, run.result)

@@ -8,6 +8,7 @@ __all__ = ['index', 'search', 'check']
 # %% ../../nbs/commands/82_folders.ipynb #c002
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -18,6 +19,7 @@ from patchify.commands.app import (
     write_text,
 )
 from .official import load_backbone, load_index_encoder
+from .scale import finish_index, index_share, index_with_workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,29 +46,32 @@ def index(
     level: Level = 3,
     kind: Annotated[Optional[str], typer.Option("--index", help=_INDEX_HELP)] = None,
     device: Device = None,
+    part: Annotated[
+        Optional[str], typer.Option(help="i/n: encode this share only, on one of n machines; then `patchify merge`")
+    ] = None,
+    cluster: Annotated[
+        Optional[str], typer.Option(help="encode on a Ray cluster: its address, auto, or local for this machine")
+    ] = None,
 ):
     "Index a folder of images, or bring its index up to date."
     check_choice("--index", kind or "auto", _KINDS)
     from patchify.boxes import Regions
-    from patchify.compressed_folder import open_searcher, remember_kind
     from patchify.folder_index import index_folder
 
     regions = Regions("pyramid", level)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
+    load = partial(load_backbone, backbone, checkpoint, random_weights, size, aspect, device)
     try:
-        found = index_folder(folder, out, encoder, regions)
-        if kind:
-            remember_kind(found, kind)
-        choice = open_searcher(found, verify=True)[1] if len(found) else ""
+        if part:
+            return index_share(folder, out, load(), regions, part)
+        if cluster:
+            found = index_with_workers(folder, out, load, regions, cluster, device == "cuda")
+        else:
+            found = index_folder(folder, out, load(), regions)
+        finish_index(found, out, kind, regions.count)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on where it stopped") from None
-    failed = len(found.images) - len(found)
-    note = f"; {failed} could not be read, see {out / 'failures.csv'}" if failed else ""
-    print(f"{len(found)} images x {regions.count} patches in {out}{note}")
-    if choice:
-        print(choice)
 
 # %% ../../nbs/commands/82_folders.ipynb #c012
 def _parse_box(text: str | None, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -214,7 +214,8 @@ def _backbone_kind(path: str | Path) -> str:
     if any(name.removeprefix("encoder_q.") == "stem.conv.weight" for name in names):
         return "cvnet"
     expected = "dinov2_vitb14_reg4_pretrain.pth or a checkpoint of CVNet"
-    raise ValueError(f"{path} holds neither DINOv2 with registers nor CVNet (first tensor: {names[0]}): name {expected}")
+    found = f"{path} holds neither DINOv2 with registers nor CVNet (first tensor: {names[0]})"
+    raise ValueError(f"{found}: name {expected}")
 
 
 def official_extractor(
