@@ -8,6 +8,7 @@ __all__ = ['MAGIC', 'FLAGS', 'save_index', 'open_index', 'load_or_build_index', 
 # %% ../nbs/core/18_indexfiles.ipynb #c003
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import BinaryIO
 import numpy as np
 
 from .compress import CompressedIndex, PQIndex, faiss
-from .files import atomic_write, cache_key
+from .files import RunningChecksum, atomic_write, cache_key, checksum
 from .ivf import IVFPQIndex
 from .search import as_blocks, as_gallery_ids
 
-# %% ../nbs/core/18_indexfiles.ipynb #c009
-MAGIC = b"patchify-index-2"
+# %% ../nbs/core/18_indexfiles.ipynb #m009
+MAGIC = b"patchify-index-3"
 FLAGS = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | faiss.IO_FLAG_PQ_SKIP_SDC_TABLE
 
 
@@ -34,14 +35,29 @@ def save_index(
         raise ValueError("the index has not been trained: there is nothing to save")
     index.make_writable()  # FAISS would save the map of rows, and a reference in place of lists that are mapped
 
-    def write(file: BinaryIO) -> None:
+    def write(opened: BinaryIO) -> None:
+        file = _Summed(opened)
         faiss.write_index(index.index, faiss.PyCallbackIOWriter(file.write))
         _write_end(file, index, [index.gallery_ids])
 
     return atomic_write(path, write)
 
 
-def _write_end(file: BinaryIO, index: CompressedIndex, gallery_ids: list[np.ndarray]) -> None:
+class _Summed:
+    "An open file that is written, and the checksum of what was written."
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.running = RunningChecksum()
+        self.tell = file.tell
+
+    def write(self, content: bytes) -> int:
+        "Write and sum."
+        self.running.update(content)
+        return self.file.write(content)
+
+
+def _write_end(file: _Summed, index: CompressedIndex, gallery_ids: list[np.ndarray]) -> None:
     "What follows FAISS's part of the file: gallery indices, settings, lengths."
     settings = {field.name: getattr(index, field.name) for field in fields(index)}
     head = dict(kind=type(index).__name__, n_patches=index.n_patches, dim=index.dim, settings=settings)
@@ -49,22 +65,29 @@ def _write_end(file: BinaryIO, index: CompressedIndex, gallery_ids: list[np.ndar
     lengths = np.array([file.tell(), 8 * sum(map(len, gallery_ids)), len(text)], "<u8")
     for ids in gallery_ids:
         file.write(ids.astype("<i8").tobytes())
-    file.write(text + lengths.tobytes() + MAGIC)
+    file.write(text + lengths.tobytes())
+    file.write(file.running.hexdigest().encode() + MAGIC)
 
 
 def open_index(
     path: str | Path,  # from `save_index`
 ) -> CompressedIndex:
-    "Open a saved index. Its inverted lists stay on disk until it is changed."
+    "Open a saved index, verified. Its inverted lists stay on disk until it is changed."
     path = Path(path)
-    tail = 24 + len(MAGIC)
+    remedy = "delete it and repeat the command that made it"
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not an index" if path.is_dir() else f"no such index: {path}")
+    tail = 24 + 16 + len(MAGIC)
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - tail))
         end = file.read()
-        lengths = np.frombuffer(end[:24], "<u8").astype(int) if len(end) == tail else np.zeros(3, int)
+        lengths = np.frombuffer(end[:24], "<u8").astype(float) if len(end) == tail else np.zeros(3)
         if not end.endswith(MAGIC) or lengths.sum() + tail != size:
-            raise ValueError(f"{path} is not an index of this version of patchify, or was cut short")
+            raise ValueError(f"{path} is not an index of this version of patchify, or was cut short: {remedy}")
+        lengths = lengths.astype(int)
+        if checksum(np.memmap(path, np.uint8, mode="r")[: size - 16 - len(MAGIC)]) != end[24:40].decode("latin1"):
+            raise ValueError(f"{path} is damaged, its checksum differs: {remedy}")
         file.seek(lengths[0])
         ids = np.frombuffer(file.read(lengths[1]), "<i8").astype(np.int64)
         head = json.loads(file.read(lengths[2]))
@@ -76,10 +99,21 @@ def open_index(
     try:
         index.index = faiss.read_index(str(path), FLAGS)
     except RuntimeError as error:
-        raise ValueError(f"{path} is damaged: {str(error).rsplit(': ', 1)[-1]}") from None
+        raise ValueError(f"{path} is damaged ({str(error).rsplit(': ', 1)[-1]}): {remedy}") from None
     return index
 
 # %% ../nbs/core/18_indexfiles.ipynb #c012
+def _open_sound(path: Path) -> CompressedIndex | None:
+    "A saved index; None if there is none, or if it is damaged, which is reported on stderr."
+    if not path.is_file():
+        return None
+    try:
+        return open_index(path)
+    except ValueError as error:
+        print(f"{str(error).rpartition(': ')[0]}: it is built again now", file=sys.stderr)
+        return None
+
+
 def load_or_build_index(
     index: CompressedIndex,  # settings, not trained yet
     descriptors: np.ndarray | Sequence[np.ndarray],  # gallery (n, P, D) or blocks of it
@@ -98,14 +132,15 @@ def load_or_build_index(
         gallery_ids=hashlib.sha256(ids.tobytes()).hexdigest(), shape=list(blocks[0].shape[1:]),
         levels=None if levels is None else np.asarray(levels).tolist())
     path = Path(folder) / f"{key}.index"
-    if not path.exists():
+    found = _open_sound(path)
+    if found is None:
         save_index(index.train(blocks, levels).add(blocks, ids), path)
-    found = open_index(path)
+        found = open_index(path)
     if hasattr(index, "n_probe"):
         found.n_probe = index.n_probe
     return found
 
-# %% ../nbs/core/18_indexfiles.ipynb #c015
+# %% ../nbs/core/18_indexfiles.ipynb #m015
 def merge_indexes(
     paths: Sequence[str | Path],  # parts, filled from one trained index with disjoint ranges of the gallery
     out: str | Path,  # the merged index, replaced if it exists
@@ -127,7 +162,8 @@ def merge_indexes(
     frame = _frame(open_index(paths[0]), sum(part.index.ntotal for part in parts))
     parts = [parts[i] for i in filled] or parts[:1]
 
-    def write(file: BinaryIO) -> None:
+    def write(opened: BinaryIO) -> None:
+        file = _Summed(opened)
         if isinstance(parts[0], IVFPQIndex):
             _write_lists(file, frame, [part.core for part in parts])
         else:
@@ -151,7 +187,7 @@ def _frame(index: CompressedIndex, rows: int) -> bytes:
     return faiss.serialize_index(index.index).tobytes()
 
 
-def _write_lists(file: BinaryIO, frame: bytes, cores: list[faiss.IndexIVFPQ]) -> None:
+def _write_lists(file: _Summed, frame: bytes, cores: list[faiss.IndexIVFPQ]) -> None:
     "Inverted lists as FAISS writes them: all sizes, then codes and row numbers of each list, one list at a time."
     lists = [core.invlists for core in cores]
     sizes = np.array([[part.list_size(i) for i in range(cores[0].nlist)] for part in lists], np.uint64)
@@ -175,7 +211,7 @@ def _write_lists(file: BinaryIO, frame: bytes, cores: list[faiss.IndexIVFPQ]) ->
             file.write((faiss.rev_swig_ptr(part.get_ids(i), size) + offset).tobytes())
 
 
-def _write_codes(file: BinaryIO, frame: bytes, cores: list[faiss.IndexPQ]) -> None:
+def _write_codes(file: _Summed, frame: bytes, cores: list[faiss.IndexPQ]) -> None:
     "A flat array of codes as FAISS writes it: its length, the codes, the rest of the frame."
     end = 8 + 9  # the length, then three settings of the search
     if frame[-end:-9] != bytes(8):
