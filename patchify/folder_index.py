@@ -30,7 +30,7 @@ from .encoder import Encoder, load_encoder
 from .files import atomic_write
 from .images import IMAGE_SUFFIXES, find_images, _open_bytes, open_image
 from .pyramid import cut_patches
-from .search import ExactIndex, SearchResult
+from .search import ExactIndex, GalleryBlocks, SearchResult
 from .extraction import extract
 from .store import Store, check_store, read_manifest
 
@@ -197,20 +197,28 @@ class FolderIndex:
         pixels = cut_patches(image, box[None].astype(int), encoder.size, encoder.device, padding=encoder.padding)
         return encoder(pixels).cpu().numpy()
 
-    def blocks(self) -> list[np.ndarray]:
-        "Descriptors of all readable images in the order of their ids: blocks (n_i, P, D), memory maps where none is gone."
-        found = []
+    def blocks(self) -> GalleryBlocks:
+        "Descriptors of all readable images in the order of their ids: blocks (n_i, P, D), opened when they are read."
+        shapes = []
+        opened = []
         for part, images in self.readable.groupby("part"):
             store = self.stores[part]
             alive = np.isin(store.rows, images["row"])
+            stored = store.descriptors()
             start = 0
+            for i, (n, n_patches, dim) in enumerate(stored.shapes):
+                keep = alive[start:start + n]
+                start += n
+                if keep.any():
+                    shapes.append((int(keep.sum()), n_patches, dim))
+                    opened.append((stored, i, None if keep.all() else keep))
+
+        def open_block(number: int) -> np.ndarray:
+            stored, i, keep = opened[number]
             with self._with_remedy():
-                for block in store.descriptors():
-                    keep = alive[start:start + len(block)]
-                    start += len(block)
-                    if keep.any():
-                        found.append(block if keep.all() else block[keep])
-        return found
+                return stored[i] if keep is None else stored[i][keep]
+
+        return GalleryBlocks(shapes, open_block)
 
     @cached_property
     def exact(self) -> ExactIndex:
