@@ -254,8 +254,11 @@ def _read(blocks: GalleryBlocks, first: int, last: int) -> torch.Tensor:
     "Images first..last, (last - first, P, D), as they are stored. What lies in one block is not copied: read-only."
     starts = blocks.starts
     touched = range(np.searchsorted(starts[1:], first, side="right"), np.searchsorted(starts[1:], last) + 1)
-    parts = [blocks[i][max(0, first - starts[i]):last - starts[i]] for i in touched if blocks.shapes[i][0]]
-    stored = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    parts = [(i, slice(max(0, first - starts[i]), last - starts[i])) for i in touched if blocks.shapes[i][0]]
+    if len(parts) == 1:
+        stored = blocks[parts[0][0]][parts[0][1]]
+    else:
+        stored = np.concatenate([np.array(blocks[i][images]) for i, images in parts])  # copies keep no file open
     if min(stored.strides) < 0:
         stored = np.ascontiguousarray(stored)
     with warnings.catch_warnings():
