@@ -9,12 +9,17 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-EXTRAS = ("report", "locore", "hdf5", "text", "dev")
 
 
 def lines(key: str) -> list[str]:
     "The non-empty lines of a setting."
     return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
+
+
+def extras() -> dict[str, list[str]]:
+    "Every `NAME_requirements` of the settings as the extra NAME, and all of them as `all`."
+    found = {key.removesuffix("_requirements"): lines(key) for key in cfg if key.endswith("_requirements")}
+    return found | {"all": sorted({line for listed in found.values() for line in listed})}
 
 
 def readme() -> str:
@@ -45,10 +50,11 @@ setup(
     packages=[*find_packages(include=[f"{cfg['lib_name']}*"]), "patchify.experiments"],
     package_dir={"patchify.experiments": "nbs/experiments"},
     package_data={
-        cfg["lib_name"]: ["weights/*", "published.csv", "py.typed"],
+        cfg["lib_name"]: ["weights/*", "published.csv", "rates.csv", "py.typed"],
         "patchify.experiments": ["*.ipynb"],
     },
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in EXTRAS},
+    py_modules=["patchify_retrieval"],
+    extras_require=extras(),
     entry_points={"console_scripts": lines("console_scripts")},
 )

@@ -2,13 +2,14 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
+__distribution__ = "patchify-retrieval"  # an unrelated `patchify` has no such line
 
 # Names load their module when they are first used, so that `import patchify` takes no time.
 _HOMES = {
     "Regions": "boxes", "RetrievalSet": "retrieval_set", "open_image": "images", "load": "data.registry",
     "make_mini": "synthetic.mini", "Encoder": "encoder", "load_encoder": "encoder", "Store": "store", "extract": "extraction",
     "SearchResult": "search", "ExactIndex": "search", "describe": "evaluate", "rank": "evaluate",
-    "summarize": "metrics", "paired_bootstrap": "metrics",
+    "summarize": "metrics", "paired_bootstrap": "metrics", "explore": "pages.widget",
 }
 __all__ = list(_HOMES)
 

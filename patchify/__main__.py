@@ -1,6 +1,6 @@
 """`python -m patchify` is the command line."""
 import sys
 
-from patchify.cli import main
+from patchify_retrieval import main
 
 sys.exit(main())

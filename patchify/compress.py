@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from .plan import points_per_centroid
 from .search import GalleryBlocks, ImageIndex, Part, SearchResult, as_blocks, as_gallery_ids, best_patches
 from .search import block_images, patch_scores, read_blocks
 
@@ -105,7 +106,6 @@ def _faiss_core(index: faiss.Index) -> faiss.Index:
 # %% ../nbs/core/15_compress.ipynb #c021
 METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 FLOATS = 2**24  # numbers to encode at a time
-_MANY = 16_384  # with more, the coarse centroids get 50 training vectors each
 
 
 @dataclass(eq=False)
@@ -159,7 +159,7 @@ class CompressedIndex(ImageIndex):
         self.n_patches, self.dim = blocks.shapes[0][1:]
         patches = training_patches(levels, self.n_patches, self.train_level)
         index, needed = self.new_index(self.dim)
-        per_list = self.points_per_centroid or (50 if needed > _MANY else 256)
+        per_list = self.points_per_centroid or points_per_centroid(needed)
         vectors = training_vectors(blocks, patches, per_list * needed, self.seed)
         if len(vectors) < needed:
             raise ValueError(f"training needs a vector per centroid, and with OPQ one per dimension, so {needed}; "

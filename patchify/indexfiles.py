@@ -8,6 +8,7 @@ __all__ = ['MAGIC', 'FLAGS', 'save_index', 'open_index', 'load_or_build_index', 
 # %% ../nbs/core/18_indexfiles.ipynb #c003
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import BinaryIO
 import numpy as np
 
 from .compress import CompressedIndex, PQIndex, faiss
-from .files import atomic_write, cache_key
+from .files import RunningChecksum, atomic_write, cache_key, checksum
 from .ivf import IVFPQIndex
 from .search import as_blocks, as_gallery_ids
 
-# %% ../nbs/core/18_indexfiles.ipynb #c009
-MAGIC = b"patchify-index-2"
+# %% ../nbs/core/18_indexfiles.ipynb #m009
+MAGIC = b"patchify-index-3"
 FLAGS = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | faiss.IO_FLAG_PQ_SKIP_SDC_TABLE
 
 
@@ -33,31 +34,60 @@ def save_index(
     if index.index is None:
         raise ValueError("the index has not been trained: there is nothing to save")
     index.make_writable()  # FAISS would save the map of rows, and a reference in place of lists that are mapped
-    settings = {field.name: getattr(index, field.name) for field in fields(index)}
-    head = dict(kind=type(index).__name__, n_patches=index.n_patches, dim=index.dim, settings=settings)
 
-    def write(file: BinaryIO) -> None:
+    def write(opened: BinaryIO) -> None:
+        file = _Summed(opened)
         faiss.write_index(index.index, faiss.PyCallbackIOWriter(file.write))
-        text = json.dumps(head).encode()
-        lengths = np.array([file.tell(), 8 * len(index), len(text)], "<u8")
-        file.write(index.gallery_ids.astype("<i8").tobytes() + text + lengths.tobytes() + MAGIC)
+        _write_end(file, index, [index.gallery_ids])
 
     return atomic_write(path, write)
+
+
+class _Summed:
+    "An open file that is written, and the checksum of what was written."
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.running = RunningChecksum()
+        self.tell = file.tell
+
+    def write(self, content: bytes) -> int:
+        "Write and sum."
+        self.running.update(content)
+        return self.file.write(content)
+
+
+def _write_end(file: _Summed, index: CompressedIndex, gallery_ids: list[np.ndarray]) -> None:
+    "What follows FAISS's part of the file: gallery indices, settings, lengths."
+    settings = {field.name: getattr(index, field.name) for field in fields(index)}
+    head = dict(kind=type(index).__name__, n_patches=index.n_patches, dim=index.dim, settings=settings)
+    text = json.dumps(head).encode()
+    lengths = np.array([file.tell(), 8 * sum(map(len, gallery_ids)), len(text)], "<u8")
+    for ids in gallery_ids:
+        file.write(ids.astype("<i8").tobytes())
+    file.write(text + lengths.tobytes())
+    file.write(file.running.hexdigest().encode() + MAGIC)
 
 
 def open_index(
     path: str | Path,  # from `save_index`
 ) -> CompressedIndex:
-    "Open a saved index. Its inverted lists stay on disk until it is changed."
+    "Open a saved index, verified. Its inverted lists stay on disk until it is changed."
     path = Path(path)
-    tail = 24 + len(MAGIC)
+    remedy = "delete it and repeat the command that made it"
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not an index" if path.is_dir() else f"no such index: {path}")
+    tail = 24 + 16 + len(MAGIC)
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - tail))
         end = file.read()
-        lengths = np.frombuffer(end[:24], "<u8").astype(int) if len(end) == tail else np.zeros(3, int)
+        lengths = np.frombuffer(end[:24], "<u8").astype(float) if len(end) == tail else np.zeros(3)
         if not end.endswith(MAGIC) or lengths.sum() + tail != size:
-            raise ValueError(f"{path} is not an index of this version of patchify, or was cut short")
+            raise ValueError(f"{path} is not an index of this version of patchify, or was cut short: {remedy}")
+        lengths = lengths.astype(int)
+        if checksum(np.memmap(path, np.uint8, mode="r")[: size - 16 - len(MAGIC)]) != end[24:40].decode("latin1"):
+            raise ValueError(f"{path} is damaged, its checksum differs: {remedy}")
         file.seek(lengths[0])
         ids = np.frombuffer(file.read(lengths[1]), "<i8").astype(np.int64)
         head = json.loads(file.read(lengths[2]))
@@ -69,10 +99,21 @@ def open_index(
     try:
         index.index = faiss.read_index(str(path), FLAGS)
     except RuntimeError as error:
-        raise ValueError(f"{path} is damaged: {str(error).rsplit(': ', 1)[-1]}") from None
+        raise ValueError(f"{path} is damaged ({str(error).rsplit(': ', 1)[-1]}): {remedy}") from None
     return index
 
 # %% ../nbs/core/18_indexfiles.ipynb #c012
+def _open_sound(path: Path) -> CompressedIndex | None:
+    "A saved index; None if there is none, or if it is damaged, which is reported on stderr."
+    if not path.is_file():
+        return None
+    try:
+        return open_index(path)
+    except ValueError as error:
+        print(f"{str(error).rpartition(': ')[0]}: it is built again now", file=sys.stderr)
+        return None
+
+
 def load_or_build_index(
     index: CompressedIndex,  # settings, not trained yet
     descriptors: np.ndarray | Sequence[np.ndarray],  # gallery (n, P, D) or blocks of it
@@ -91,18 +132,20 @@ def load_or_build_index(
         gallery_ids=hashlib.sha256(ids.tobytes()).hexdigest(), shape=list(blocks.shapes[0][1:]),
         levels=None if levels is None else np.asarray(levels).tolist())
     path = Path(folder) / f"{key}.index"
-    if not path.exists():
+    found = _open_sound(path)
+    if found is None:
         save_index(index.train(blocks, levels).add(blocks, ids), path)
-    found = open_index(path)
+        found = open_index(path)
     if hasattr(index, "n_probe"):
         found.n_probe = index.n_probe
     return found
 
-# %% ../nbs/core/18_indexfiles.ipynb #c015
+# %% ../nbs/core/18_indexfiles.ipynb #m015
 def merge_indexes(
     paths: Sequence[str | Path],  # parts, filled from one trained index with disjoint ranges of the gallery
-) -> CompressedIndex:  # in memory, all images in gallery order
-    "One index from parts that were filled separately; the files stay as they are. Save the result with `save_index`."
+    out: str | Path,  # the merged index, replaced if it exists
+) -> Path:  # of the merged index
+    "Write one index from parts that were filled separately, list by list. The parts stay as they are."
     if not paths:
         raise ValueError("paths of the parts to merge are missing")
     parts = [open_index(path) for path in paths]
@@ -116,14 +159,73 @@ def merge_indexes(
         if parts[before].gallery_ids[-1] >= parts[after].gallery_ids[0]:
             raise ValueError(f"{names[before]} and {names[after]} overlap: "
                              "each part needs its own range of gallery_ids")
-    merged = parts[filled[0] if filled else 0]
-    merged.make_writable()
-    for i in filled[1:]:
-        parts[i].make_writable()
-        merged.core.merge_from(parts[i].core, merged.core.ntotal if isinstance(merged, IVFPQIndex) else 0)
-        merged.index.ntotal = merged.core.ntotal
-        merged.gallery_ids = np.concatenate([merged.gallery_ids, parts[i].gallery_ids])
-    return merged
+    frame = _frame(open_index(paths[0]), sum(part.index.ntotal for part in parts))
+    parts = [parts[i] for i in filled] or parts[:1]
+
+    def write(opened: BinaryIO) -> None:
+        file = _Summed(opened)
+        if isinstance(parts[0], IVFPQIndex):
+            _write_lists(file, frame, [part.core for part in parts])
+        else:
+            _write_codes(file, frame, [part.core for part in parts])
+        _write_end(file, parts[0], [part.gallery_ids for part in parts])
+
+    return atomic_write(out, write)
+
+
+def _frame(index: CompressedIndex, rows: int) -> bytes:
+    "FAISS's file of an index without its codes that claims to hold `rows`. The index is of no use afterwards."
+    core = index.core
+    if isinstance(index, IVFPQIndex):
+        lists = faiss.ArrayInvertedLists(core.nlist, core.code_size)
+        lists.this.disown()
+        core.replace_invlists(lists, True)
+    else:
+        core.codes.resize(0)
+    core.ntotal = rows
+    index.index.ntotal = rows
+    return faiss.serialize_index(index.index).tobytes()
+
+
+def _write_lists(file: _Summed, frame: bytes, cores: list[faiss.IndexIVFPQ]) -> None:
+    "Inverted lists as FAISS writes them: all sizes, then codes and row numbers of each list, one list at a time."
+    lists = [core.invlists for core in cores]
+    sizes = np.array([[part.list_size(i) for i in range(cores[0].nlist)] for part in lists], np.uint64)
+    total = sizes.sum(axis=0)
+    used = np.flatnonzero(total)
+    before, marker, no_sizes = frame[:-12], frame[-12:-8], frame[-8:]
+    if marker != b"sprs" or no_sizes != bytes(8):
+        raise ValueError(f"FAISS {faiss.__version__} writes inverted lists in an unknown way: use another version")
+    if len(used) > len(total) // 2:
+        text = b"full" + _length(total) + total.tobytes()
+    else:
+        pairs = np.column_stack([used.astype(np.uint64), total[used]])
+        text = b"sprs" + _length(pairs.ravel()) + pairs.tobytes()
+    file.write(before + text)
+    offsets = np.cumsum([0, *(core.ntotal for core in cores)])
+    for i in used.tolist():
+        held = [(part, int(size), offset) for part, size, offset in zip(lists, sizes[:, i], offsets) if size]
+        for part, size, _ in held:
+            file.write(faiss.rev_swig_ptr(part.get_codes(i), size * part.code_size).tobytes())
+        for part, size, offset in held:
+            file.write((faiss.rev_swig_ptr(part.get_ids(i), size) + offset).tobytes())
+
+
+def _write_codes(file: _Summed, frame: bytes, cores: list[faiss.IndexPQ]) -> None:
+    "A flat array of codes as FAISS writes it: its length, the codes, the rest of the frame."
+    end = 8 + 9  # the length, then three settings of the search
+    if frame[-end:-9] != bytes(8):
+        raise ValueError(f"FAISS {faiss.__version__} writes codes in an unknown way: use another version")
+    length = sum(core.codes.size() for core in cores)
+    file.write(frame[:-end] + np.uint64(length).tobytes())
+    for core in cores:
+        file.write(faiss.vector_to_array(core.codes).tobytes())
+    file.write(frame[-9:])
+
+
+def _length(values: np.ndarray) -> bytes:
+    "The number of values, as FAISS writes it before them."
+    return np.uint64(values.size).tobytes()
 
 
 def _trained(index: CompressedIndex) -> tuple:

@@ -12,32 +12,7 @@ import numpy as np
 
 from .search import ExactIndex, GalleryBlocks, SearchResult, as_blocks, as_gallery_ids
 
-# %% ../nbs/core/13_refine.ipynb #c008
-def rescore(
-    result: SearchResult,  # of a compressed index, (Q, K)
-    queries: np.ndarray,  # (Q, D) as they were searched
-    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks, may be memory maps: what was indexed
-    gallery_ids: np.ndarray | None = None,  # (n,) rising gallery indices of the descriptors, None = 0..n-1
-    n: int = 100,  # images per query to score again
-) -> SearchResult:  # (Q, K)
-    "Order the first n images of each query by their exact scores: SearchResult (Q, K) -> SearchResult (Q, K)."
-    if n < 1:
-        raise ValueError(f"n, the number of images to rescore, must be at least 1, got {n}")
-    blocks = as_blocks(descriptors)
-    ids = as_gallery_ids(gallery_ids, blocks.n_images)
-    scores = result.scores.copy()
-    patches = result.patch_ids.copy()
-    query, column = np.nonzero((result.ranks[:, :n] >= 0) & np.isfinite(result.scores[:, :n]))
-    rows = _rows_of(ids, result.ranks[query, column])
-    scores[query, column], patches[query, column] = _exact_scores(blocks, rows, np.asarray(queries, np.float32), query)
-    order = np.tile(np.arange(scores.shape[1]), (len(scores), 1))
-    by_index = np.where(result.ranks < 0, np.iinfo(np.int64).max, result.ranks)
-    order[:, :n] = np.lexsort((by_index[:, :n], -scores[:, :n]), axis=1)
-    tables = [np.take_along_axis(table, order, axis=1) for table in (scores, result.ranks, patches)]
-    _lower_tail(tables[0], n)
-    return SearchResult(*tables)
-
-
+# %% ../nbs/core/13_refine.ipynb #new3148d
 def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     "Rows of the descriptors that hold these gallery images."
     rows = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
@@ -90,6 +65,31 @@ def _lower_tail(scores: np.ndarray, n: int) -> None:
     tail = scores[:, n:]
     excess = np.where(np.isfinite(last) & np.isfinite(tail[:, :1]), tail[:, :1] - last, 0).clip(min=0)
     scores[:, n:] = np.minimum(tail - excess, np.nextafter(last, np.float32(-np.inf)))
+
+# %% ../nbs/core/13_refine.ipynb #c008
+def rescore(
+    result: SearchResult,  # of a compressed index, (Q, K)
+    queries: np.ndarray,  # (Q, D) as they were searched
+    descriptors: np.ndarray | Sequence[np.ndarray],  # (n, P, D) or blocks, may be memory maps: what was indexed
+    gallery_ids: np.ndarray | None = None,  # (n,) rising gallery indices of the descriptors, None = 0..n-1
+    n: int = 100,  # images per query to score again
+) -> SearchResult:  # (Q, K)
+    "Order the first n images of each query by their exact scores: SearchResult (Q, K) -> SearchResult (Q, K)."
+    if n < 1:
+        raise ValueError(f"n, the number of images to rescore, must be at least 1, got {n}")
+    blocks = as_blocks(descriptors)
+    ids = as_gallery_ids(gallery_ids, blocks.n_images)
+    scores = result.scores.copy()
+    patches = result.patch_ids.copy()
+    query, column = np.nonzero((result.ranks[:, :n] >= 0) & np.isfinite(result.scores[:, :n]))
+    rows = _rows_of(ids, result.ranks[query, column])
+    scores[query, column], patches[query, column] = _exact_scores(blocks, rows, np.asarray(queries, np.float32), query)
+    order = np.tile(np.arange(scores.shape[1]), (len(scores), 1))
+    by_index = np.where(result.ranks < 0, np.iinfo(np.int64).max, result.ranks)
+    order[:, :n] = np.lexsort((by_index[:, :n], -scores[:, :n]), axis=1)
+    tables = [np.take_along_axis(table, order, axis=1) for table in (scores, result.ranks, patches)]
+    _lower_tail(tables[0], n)
+    return SearchResult(*tables)
 
 # %% ../nbs/core/13_refine.ipynb #c011
 def adapt(

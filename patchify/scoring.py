@@ -21,6 +21,32 @@ from .retrieval_set import Protocol, RetrievalSet
 from .search import QUERIES, ExactIndex, ImageIndex, SearchResult, _as_queries
 from .statistics import summarize
 
+# %% ../nbs/core/12_scoring.ipynb #newfdea4
+def _rank_within(queries: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    "Rank of every pair by its score, ascending, over all pairs: a stable secondary key."
+    ranks = torch.empty_like(queries)
+    ranks[torch.argsort(scores, stable=True)] = torch.arange(len(scores), device=queries.device)
+    return ranks
+
+
+def _above(thresholds: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "How many scores of a block exceed, and how many reach, each ascending threshold: (Q, L), (Q, b) -> 2 x (Q, L)."
+    block = block.contiguous()
+    exceeded = torch.searchsorted(thresholds, block)
+    higher = _at_least(exceeded, thresholds.shape[1])
+    equal = thresholds.gather(1, exceeded.clamp(max=thresholds.shape[1] - 1)) == block
+    if not equal.any():
+        return higher, higher
+    reached = torch.searchsorted(thresholds, block, right=True)
+    return higher, _at_least(reached, thresholds.shape[1])
+
+
+def _at_least(counts: torch.Tensor, width: int) -> torch.Tensor:
+    "How many of each row's counts are above 0, above 1, ..., above width - 1: (Q, b) -> (Q, width)."
+    offsets = torch.arange(len(counts), device=counts.device)[:, None] * (width + 1)
+    histogram = torch.bincount((counts + offsets).flatten(), minlength=len(counts) * (width + 1))
+    return histogram.view(len(counts), width + 1).flip(1).cumsum(1).flip(1)[:, 1:]
+
 # %% ../nbs/core/12_scoring.ipynb #c008
 def _pairs(gallery_ids: np.ndarray, wanted: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     "(query, row of the index) of every wanted image that is indexed, ordered by row."
@@ -74,32 +100,6 @@ def _count_before(index: ImageIndex, group: torch.Tensor, queries: torch.Tensor,
             before[inside] += (earlier & equal).sum(1)
         start = end
     return torch.where(scores == -torch.inf, -1, before)
-
-
-def _rank_within(queries: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    "Rank of every pair by its score, ascending, over all pairs: a stable secondary key."
-    ranks = torch.empty_like(queries)
-    ranks[torch.argsort(scores, stable=True)] = torch.arange(len(scores), device=queries.device)
-    return ranks
-
-
-def _above(thresholds: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "How many scores of a block exceed, and how many reach, each ascending threshold: (Q, L), (Q, b) -> 2 x (Q, L)."
-    block = block.contiguous()
-    exceeded = torch.searchsorted(thresholds, block)
-    higher = _at_least(exceeded, thresholds.shape[1])
-    equal = thresholds.gather(1, exceeded.clamp(max=thresholds.shape[1] - 1)) == block
-    if not equal.any():
-        return higher, higher
-    reached = torch.searchsorted(thresholds, block, right=True)
-    return higher, _at_least(reached, thresholds.shape[1])
-
-
-def _at_least(counts: torch.Tensor, width: int) -> torch.Tensor:
-    "How many of each row's counts are above 0, above 1, ..., above width - 1: (Q, b) -> (Q, width)."
-    offsets = torch.arange(len(counts), device=counts.device)[:, None] * (width + 1)
-    histogram = torch.bincount((counts + offsets).flatten(), minlength=len(counts) * (width + 1))
-    return histogram.view(len(counts), width + 1).flip(1).cumsum(1).flip(1)[:, 1:]
 
 # %% ../nbs/core/12_scoring.ipynb #c009
 @dataclass(frozen=True)

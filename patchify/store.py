@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .boxes import Regions
-from .files import atomic_write, checksum, file_checksum
+from .files import atomic_write, checksum
 
 # %% ../nbs/core/05_store.ipynb #c013
 FORMAT = 2  # of the files; a store of another format is refused
@@ -122,8 +122,8 @@ def map_descriptors(
 ) -> np.memmap:  # (n * P, D)
     "The descriptors of a shard as a memory map, verified."
     try:
-        if expected is None or file_checksum(path) == expected:
-            content = np.memmap(path, np.uint8, mode="r")
+        content = np.memmap(path, np.uint8, mode="r")
+        if expected is None or checksum(content) == expected:
             start = io.BytesIO(content[:1024].tobytes())
             np.lib.format.read_magic(start)
             shape, _, dtype = np.lib.format.read_array_header_1_0(start)
@@ -175,7 +175,8 @@ def _read_table(path: Path, expected: str, columns: list[str]) -> pd.DataFrame:
     content = _read_bytes(path)
     if checksum(content) != expected:
         raise _damaged(path, "its checksum differs")
-    table = pd.read_csv(io.BytesIO(content), keep_default_na=False)
+    texts = dict.fromkeys(("descriptors", "patches", "path", "reason"), str)  # a checksum may look like a number
+    table = pd.read_csv(io.BytesIO(content), keep_default_na=False, dtype=texts)
     if list(table) != columns:
         raise _damaged(path, f"its columns are not {', '.join(columns)}")
     return table

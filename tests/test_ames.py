@@ -12,8 +12,6 @@ from patchify.rerank.shortlist import Descriptors, rerank
 from patchify.search import SearchResult
 from patchify.learn import TrainingPlan, train
 
-torch.set_num_threads(1)                    # these networks are too small to share out
-
 
 def sets(n, count, dim, seed=0, ragged=True):
     draw = np.random.default_rng(seed)

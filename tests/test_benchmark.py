@@ -232,6 +232,10 @@ def test_every_mode_opens_as_upright_rgb(tmp_path, mode):
     grey = Image.linear_gradient("L").resize((40, 30))
     image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert("L").convert(mode)
     image.save(tmp_path / "image.tif")
+    try:
+        Image.open(tmp_path / "image.tif").load()
+    except OSError:
+        pytest.skip(f"this Pillow cannot read the {mode} TIFF that it writes")
     opened = np.asarray(open_image(tmp_path / "image.tif")).astype(int)
     assert opened.shape == (30, 40, 3)
     if mode not in ("1", "P", "PA"):

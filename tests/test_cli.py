@@ -262,19 +262,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(command, data, tmp_path_factory):
+    "The files of an index that was made in one go."
+    out = tmp_path_factory.mktemp("undisturbed") / "index"
+    assert command("index", data / "tiny", "--level", 2, "--out", out).returncode == 0
+    return contents(out)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_loses_nothing(command, data, tmp_path, stop):
-    words = ["index", data / "tiny", "--level", "3", "--out"]
-    process = subprocess.Popen([Path(sys.executable).with_name("patchify"), *words, tmp_path / "index"], stderr=subprocess.PIPE, text=True)
+def test_interrupting_loses_nothing(patchify, command, data, tmp_path, undisturbed, stop):
+    words = ["index", data / "tiny", "--level", "2", "--out", tmp_path / "index"]
+    process = subprocess.Popen([*patchify, *words], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "index/part-00000/manifest.json").exists():
         time.sleep(0.05)
     process.send_signal(stop)
     message = process.communicate(timeout=120)[1]
     if process.returncode:  # it had not finished already
         assert process.returncode == 130 and "Traceback" not in message
-    for out in ("index", "undisturbed"):
-        assert command(*words, tmp_path / out).returncode == 0
-    assert contents(tmp_path / "index") == contents(tmp_path / "undisturbed")
+    assert command(*words).returncode == 0
+    assert contents(tmp_path / "index") == undisturbed
 
 
 def test_a_damaged_part_is_encoded_again(photos, capsys):
@@ -411,3 +418,78 @@ def test_a_broken_link_is_a_failed_image_and_read_when_it_is_repaired(photos, ca
     Image.open(photos / "D0001.jpg").rotate(90).save(photos.with_name("later.jpg"))
     assert index(photos) == 0
     assert "could not be read" not in capsys.readouterr().out
+
+
+def codes_of(photos: Path, kind: str):
+    "The compressed index of a folder, and the ids of its images."
+    from patchify.folder_index import FolderIndex
+    from patchify.indexfiles import open_index
+
+    folder = photos.with_name("index")
+    return open_index(folder / f"{kind}.index").gallery_ids.tolist(), FolderIndex.open(folder).readable["id"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["pq", "ivfpq"])
+def test_a_compressed_index_follows_its_folder(photos, kind, capsys):
+    assert index(photos, "--index", kind) == 0
+    assert f"index: {kind} m=" in capsys.readouterr().out
+    first, ids = codes_of(photos, kind)
+    assert first == ids == list(range(12))
+    Image.open(photos / "D0000.jpg").rotate(90).save(photos / "new.jpg")
+    (photos / "D0001.jpg").unlink()
+    Image.open(photos / "D0002.jpg").rotate(180).save(photos / "D0002.jpg")
+    assert index(photos) == 0  # the kind is remembered
+    after, ids = codes_of(photos, kind)
+    assert after == ids and set(first) - set(after) == {1, 2} and len(after) == 12
+    capsys.readouterr()
+    assert main(["search", str(photos.with_name("index")), str(photos / "new.jpg"), "-k", "20"]) == 0
+    told = capsys.readouterr()
+    found = [line.split()[-1] for line in told.out.splitlines()]
+    assert found[0] == "new.jpg" and sorted(found) == sorted(path.name for path in photos.iterdir())
+    assert told.err.count("\n") == 1 and told.err.startswith(f"index: {kind} ")
+
+
+def test_codes_are_made_by_the_first_search_that_needs_them_and_repaired(photos, monkeypatch, capsys):
+    assert index(photos) == 0 and "index: exact" in capsys.readouterr().out
+    folder = photos.with_name("index")
+    search = ["search", str(folder), str(photos / "D0000.jpg"), "-k", "1", "--index", "pq"]
+    with monkeypatch.context() as patch:
+        patch.setattr("patchify.indexfiles.save_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert main(search) == 130
+    assert main(["check", str(folder)]) == 0 and main(search) == 0
+    capsys.readouterr()
+    content = bytearray((folder / "pq.index").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "pq.index").write_bytes(content)
+    assert main(["check", str(folder)]) == 2 and "pq.index is damaged" in capsys.readouterr().err
+    assert index(photos, "--index", "pq") == 0 and main(["check", str(folder)]) == 0
+    assert index(photos, "--index", "auto") == 0 and "index: exact" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def text_models(tmp_path_factory):
+    "Small models of open_clip with both towers."
+    open_clip = pytest.importorskip("open_clip", reason="needs the extra [text]")
+    folder = tmp_path_factory.mktemp("models")
+    text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    image = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    (folder / "small-towers.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": image, "text_cfg": text}))
+    open_clip.add_model_config(folder)
+
+
+def test_ilias_text_queries_are_evaluated_by_its_protocol(text_models, data, tmp_path, capsys):
+    shutil.copytree(data / "tiny", tmp_path / "texts")
+    ids = []
+    for instance in sorted((tmp_path / "texts/ilias_core").iterdir()):
+        (instance / "query/T000.txt").write_text(f"a photo of a {instance.name}\n")
+        ids.append(f"{instance.name}/query/T000.txt")
+    (tmp_path / "texts/image_ids/text_query_ids.txt").write_text("\n".join(ids))
+    words = ["evaluate", "--dataset", f"ilias-text:{tmp_path / 'texts'}", "--level", "1", "--data", str(tmp_path)]
+    model = ["--backbone", "small-towers", "--random-weights"]
+    assert main([*words, *model, "--json", str(tmp_path / "found.json"), "--export", str(tmp_path / "found.pkl")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["queries"] == len(ids) and 0 <= found["map"] <= 100 and found["score"] == "mAP@1000"
+    assert list(restricted_pickle.load(tmp_path / "found.pkl")["query_ids"]) == ids
+    capsys.readouterr()
+    for extra, said in ((["--backbone", "mini"], "--backbone siglip"), ([*model, "--size", "64"], "--size does not go")):
+        assert main([*words, *extra]) == 2 and said in capsys.readouterr().err

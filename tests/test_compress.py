@@ -454,12 +454,21 @@ def test_merged_parts_equal_one_process_byte_for_byte(kind, opq, gallery, querie
     parts = [fill(trained, tmp_path / f"{a}", gallery[a:b], ids[a:b]) for a, b in zip(cuts, cuts[1:])]
     before = [part.read_bytes() for part in parts]
     for order in (parts, [*parts[::-1], trained]):
-        assert save_index(merge_indexes(order), tmp_path / "merged").read_bytes() == single
+        assert merge_indexes(order, tmp_path / "merged").read_bytes() == single
     assert [part.read_bytes() for part in parts] == before, "the parts stay as they are"
-    assert len(merge_indexes([trained, trained])) == 0
+    assert merge_indexes([trained, trained], tmp_path / "none").read_bytes() == trained.read_bytes()
     found = merge([open_index(part).search(queries, 9) for part in parts], 9)
     if kind is IVFPQIndex:
         assert_same(found, open_index(tmp_path / "merged").search(queries, 9))
+
+
+@pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
+def test_few_images_in_many_lists_merge_like_one_process(kind, gallery, tmp_path):
+    extra = {"n_lists": 64} if kind is IVFPQIndex else {}
+    trained = save_index(kind(6, 5, n_iter=3, **extra).train(gallery), tmp_path / "trained")
+    parts = [fill(trained, tmp_path / str(i), gallery[i:i + 1, :], [i]) for i in range(3)]
+    merged = merge_indexes(parts, tmp_path / "merged").read_bytes()
+    assert merged == fill(trained, tmp_path / "single", gallery[:3], None).read_bytes()
 
 
 def test_another_process_fills_a_part(gallery, tmp_path):
@@ -469,7 +478,7 @@ def test_another_process_fills_a_part(gallery, tmp_path):
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         job = pool.submit(fill, trained, tmp_path / "there", gallery[there], there)
         parts = [fill(trained, tmp_path / "here", gallery[here], here), job.result()]
-    assert save_index(merge_indexes(parts), tmp_path / "merged").read_bytes() == single
+    assert merge_indexes(parts, tmp_path / "merged").read_bytes() == single
 
 
 @pytest.mark.parametrize("kind", [PQIndex, IVFPQIndex])
@@ -478,11 +487,11 @@ def test_parts_that_do_not_fit_are_refused(kind, gallery, tmp_path):
     retrained = save_index(made(kind, gallery[1:]), tmp_path / "again")
     for b in (other, retrained):
         with pytest.raises(ValueError, match=f"{b} and {a} were trained separately"):
-            merge_indexes([a, b])
+            merge_indexes([a, b], tmp_path / "merged")
     with pytest.raises(ValueError, match="overlap: each part needs its own range"):
-        merge_indexes([a, a])
+        merge_indexes([a, a], tmp_path / "merged")
     with pytest.raises(ValueError, match="parts to merge are missing"):
-        merge_indexes([])
+        merge_indexes([], tmp_path / "merged")
 
 
 def test_rank_rescores_the_first_images(data):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from patchify.encoder import ALIASES, MINI_WEIGHTS, Encoder, load_encoder, weights_of
+from patchify.encoder import ALIASES, ILIAS_SIZES, MINI_WEIGHTS, Encoder, load_encoder, weights_of
 from patchify.pyramid import cut_patches
 
 DRY_RUN = dict(random_weights=True, device="cpu", dtype=torch.float32)
@@ -194,3 +194,27 @@ def test_the_shipped_encoder_is_small_and_says_what_it_is():
     encoder = load_encoder("mini", device="cpu")
     assert sum(p.numel() for p in encoder.model.parameters()) <= 6_000_000
     assert encoder.size <= 160 and encoder.notes == "shipped" and encoder.licence == "apache-2.0"
+
+
+@pytest.mark.parametrize("name", ILIAS_SIZES)
+def test_an_alias_runs_at_the_size_of_the_ilias_protocol(shallow, name):
+    size = ILIAS_SIZES[name]
+    encoder = load_encoder(name, size=size, **DRY_RUN)
+    assert encoder(torch.rand(1, 3, size, size)).shape == (1, 1024) and encoder.size == size
+
+
+def test_an_image_tower_of_open_clip_describes_as_open_clip_does(shallow, tmp_path):
+    "QuickGELU, the projection and the names of the tensors, for CLIP as OpenAI released it."
+    open_clip = pytest.importorskip("open_clip", reason="needs the extra [text]")
+    torch.manual_seed(2)
+    image = {"image_size": 224, "layers": 1, "width": 768, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    model = open_clip.CLIP(512, image, text, quick_gelu=True).eval()
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "towers.safetensors")
+    name = "vit_base_patch16_clip_quickgelu_224.openai"
+    encoder = load_encoder(name, tmp_path / "towers.safetensors", device="cpu", dtype=torch.float32)
+    images = torch.rand(2, 3, 224, 224)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (encoder.mean, encoder.std))
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(model.encode_image((images - mean) / std), dim=1)
+    assert torch.allclose(encoder(images), expected, atol=1e-4)

@@ -4,7 +4,6 @@ import shutil
 from importlib.resources import files
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from official_fill import FOLDER, filled
@@ -197,12 +196,23 @@ def test_renumbered_shortlists_read_their_rows(tmp_path):
     assert set(report.ranks["all"][1].tolist()) == {20, 60, 10}
 
 
-def test_published_results_stand_beside_the_measured_ones(monkeypatch):
-    known = pd.DataFrame([{"system": "LOCORE", "dataset": "roxford5k", "backbone": "", "setting": "medium", "metric": "map", "value": 80.0}])
-    monkeypatch.setattr(pd, "read_csv", lambda *_, **__: known)
-    assert _published(published_settings("LOCORE"), "roxford5k", "medium", "mAP") == 80.0
-    assert np.isnan(_published(published_settings("LOCORE"), "roxford5k", "hard", "mAP"))
+@pytest.mark.parametrize("settings, setting", [
+    (published_settings("AMES"), "full precision"),
+    (published_settings("AMES", binary=True), "binary"),
+    (published_settings("LOCORE"), ""),
+    (published_settings("LOCORE", 1024), ""),  # listed without a backbone, so for all of them
+])
+def test_published_values_stand_beside_the_measured_ones(settings, setting):
+    "The rows of published.csv hold the authors' settings, which are the defaults here."
+    for name in ("global_weight", "gain"):
+        assert _published(settings, "", setting, name) == getattr(settings, name)
+
+
+def test_what_is_not_published_is_missing():
     assert np.isnan(_published(published_settings("AMES"), "roxford5k", "medium", "mAP"))
+    assert _published(published_settings("AMES", 1024), "", "full precision", "gain") == 0.8
+    assert np.isnan(_published(published_settings("AMES", 1280), "", "full precision", "gain"))  # of another backbone
+    assert np.isnan(_published(published_settings("ELViS"), "", "", "gain"))
 
 
 def test_landmarks_are_split_into_public_and_private(tmp_path):

@@ -8,8 +8,6 @@ from patchify.encoder import load_encoder
 from patchify.rerank.local import local_sets, norm_strength, strongest, train_detector
 from patchify.learn import TrainingPlan
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def encoder():

@@ -14,8 +14,6 @@ from patchify.rerank.shortlist import Descriptors, rerank
 from patchify.search import SearchResult
 from patchify.learn import TrainingPlan, train
 
-torch.set_num_threads(1)                    # these networks are too small to share out
-
 TINY = dict(local_dim=6, n_scales=4, dim=8, layers=2, heads=2, window=8, hidden=16, max_positions=130)
 
 

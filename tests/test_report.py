@@ -5,10 +5,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import nbclient
 import nbformat
@@ -50,15 +51,51 @@ def test_every_experiment_makes_its_page(pages):
 def test_pages_need_neither_network_nor_script(pages):
     for page in [*pages.glob("*.html"), pages.parent / "index.html"]:
         text = page.read_text()
-        assert "<script" not in text and not re.search(r"(src|href)=\"?https?:", text)
-        local = [link for link in re.findall(r'(?:src|href)="([^":#]+)"', text) if not link.startswith("data:")]
+        assert ("<script" in text) == (page.stem == "explorer") and not re.search(r"(src|href)=\"?https?:", text)
+        outside = re.sub("<script.*?</script>", "", text, flags=re.S)
+        local = [link for link in re.findall(r'(?:src|href)="([^":#]+)"', outside) if not link.startswith("data:")]
         assert local and all((page.parent / link).exists() for link in local)
 
 
+class Links(HTMLParser):
+    "Addresses that a page refers to, and the ids that it has."
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.links, self.ids = [], set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.links += [found[name] for name in ("href", "src") if found.get(name) and not found[name].startswith("data:")]
+        self.ids.add(found.get("id"))
+
+
+def test_pages_and_book_are_one_site_that_can_be_published_as_it_is(command, pages):
+    site = pages.parent
+    done = command("report", "--book", "--reports", site, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = {page: Links(page) for page in site.rglob("*.html")}
+    for page, each in found.items():
+        for link in each.links:
+            file, _, anchor = link.partition("#")
+            assert ":" not in file, f"{page.name}: {link}"
+            target = (page.parent / unquote(file)).resolve() if file else page
+            assert target.is_relative_to(site.resolve()) and target.exists(), f"{page.name}: {link}"
+            assert not anchor or unquote(anchor) in found[target].ids, f"{page.name}: {link}"
+    notebooks = {path.stem.lstrip("0123456789_") for path in (ROOT / "nbs").glob("*/*.ipynb")}
+    assert notebooks <= {page.stem for page in (site / "book").rglob("*.html")}
+    assert {"../book/core/pyramid.html", "../papers.html#patchify"} <= set(found[pages / "levels.html"].links)
+    assert "../../tiny-mini/levels.html" in found[site / "book/core/pyramid.html"].links
+    book = "".join(page.read_text() for page in found if page.is_relative_to(site / "book"))
+    assert book.count("<math") > 150 and "merror" not in book
+    assert sum(file.stat().st_size for file in (site / "book").rglob("*.*")) < 8e6
+
+
 @pytest.mark.parametrize("name", ["levels", "locscore", "groups", "regions"])
-def test_the_csv_files_come_out_the_same_from_scratch(command, data, pages, tmp_path, name):
-    shutil.copytree(data / "tiny", tmp_path / "data/tiny")  # new files, so new stores
-    done = command("report", "--dataset", "tiny", "--level", 2, "--data", tmp_path / "data", "--reports", tmp_path, "--only", name, cwd=ROOT)
+def test_the_csv_files_come_out_the_same_from_scratch(command, from_scratch, pages, tmp_path, name):
+    words = ["report", "--dataset", "tiny", "--level", 2, "--data", from_scratch, "--reports", tmp_path]
+    done = command(*words, "--only", name, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     again = sorted((tmp_path / "tiny-mini").glob(f"{name}-*.csv"))
     assert again and all(file.read_bytes() == (pages / file.name).read_bytes() for file in again)
@@ -82,14 +119,25 @@ def test_two_backbones_are_compared(command, data, tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "tiny-test_resnet+test_vit-random"
     assert set(pd.read_csv(run / "levels-levels.csv").backbone) == {"test_resnet", "test_vit"}
+    assert "<h2>All runs</h2>" in (tmp_path / "index.html").read_text()
+
+
+GALLERY = ["report", "--dataset", "tiny", "--level", 1, "--only", "gallery"]
+
+
+@pytest.fixture(scope="module")
+def gallery(command, data, tmp_path_factory):
+    "The reports of one page."
+    reports = tmp_path_factory.mktemp("gallery") / "reports"
+    assert command(*GALLERY, "--data", data, "--reports", reports, cwd=ROOT).returncode == 0
+    return reports
 
 
 @pytest.fixture
-def made(command, data, tmp_path):
-    "The command that makes one page, and the page's files."
-    words = ["report", "--dataset", "tiny", "--level", 1, "--data", data, "--reports", tmp_path / "reports", "--only", "gallery"]
-    assert command(*words, cwd=ROOT).returncode == 0
-    return words, files_of(tmp_path / "reports")
+def made(gallery, data, tmp_path):
+    "The command that makes a page again, and the page's files."
+    shutil.copytree(gallery, tmp_path / "reports")
+    return [*GALLERY, "--data", data, "--reports", tmp_path / "reports"], files_of(tmp_path / "reports")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -112,14 +160,15 @@ def test_a_page_that_fails_leaves_the_last_one_alone(command, tmp_path, made):
 
 
 @pytest.mark.parametrize("when", ["running", "begun"])
-def test_ctrl_c_leaves_the_last_page_alone(tmp_path, made, when):
+def test_ctrl_c_leaves_the_last_page_alone(patchify, tmp_path, made, when):
     words, before = made
-    patchify = subprocess.Popen([Path(sys.executable).with_name("patchify"), *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    words = [*patchify, *map(str, words)]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     begun = tmp_path / "reports/tiny-mini/.gallery"
-    while not (any(begun.glob("*.jpg")) if when == "running" else begun.exists()) and patchify.poll() is None:
+    while not (any(begun.glob("*.jpg")) if when == "running" else begun.exists()) and process.poll() is None:
         time.sleep(.02)
-    os.killpg(patchify.pid, signal.SIGINT)
-    assert "Traceback" not in patchify.communicate(timeout=60)[1] and patchify.returncode == 130
+    os.killpg(process.pid, signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 130
     assert files_of(tmp_path / "reports") == before
 
 
@@ -138,7 +187,7 @@ def test_a_stranger_in_the_folder_of_a_run_is_no_page(tmp_path):
         assert "notes" not in build_index(tmp_path).read_text()
 
 
-def test_an_experiment_opened_by_hand_finds_the_project(tmp_path, data):
+def test_an_experiment_opened_by_hand_finds_the_project(tmp_path, data, python):
     project = tmp_path / "clone"
     here = project / "nbs/experiments"
     here.mkdir(parents=True)
@@ -184,6 +233,15 @@ def test_random_weights_are_announced(command, data, tmp_path):
     done = command("report", "--dataset", "tiny", "--level", 1, "--random-weights", "--backbone", "test_resnet", "--data", data, "--reports", tmp_path, "--only", "locscore", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert '<p class=warning>Random weights' in (tmp_path / "tiny-test_resnet-random/locscore.html").read_text()
+
+
+@pytest.mark.parametrize("name, shorter", [("token", 'tokens="1,4"'), ("asymmetric", 'architecture=""')])
+def test_shipped_networks_need_no_training_products(command, rendered, tmp_path, name, shorter):
+    "The pages' own settings, for which heads and students ship. A look at the pictures draws eight products."
+    words = ["report", "--dataset", f"ilias:{rendered}", "--level", 0, "--data", tmp_path, "--reports", tmp_path]
+    done = command(*words, "--only", name, "-p", shorter, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("training-*")] == ["training-products-8"]
 
 
 @pytest.mark.parametrize("name", LONG)

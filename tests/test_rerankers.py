@@ -26,7 +26,6 @@ from patchify.zoo.rerankers import (
 
 HERE = [kind for kind in DESCRIPTORS_PER_IMAGE if not kind.startswith("locore") or find_spec("transformers")]
 PATCHES = [kind for kind in HERE if kind.endswith("patches")]
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ TINY = EncoderRecipe(architecture="mobilenetv4_conv_small_035", dim=16, size=32,
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    "Bit for bit needs a fixed order of sums: one thread, and kernels that do not depend on where memory lies."
+    """Bit for bit needs a fixed order of sums: one thread, and no oneDNN. With oneDNN a process that only trains repeats
+    its weights, but after other work in the process the first gradients can round differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.backends.mkldnn.flags(enabled=False):

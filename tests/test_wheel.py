@@ -27,32 +27,32 @@ def installed(tmp_path_factory) -> Path:
     return site
 
 
-def python(site: Path, cwd: Path, *words: object) -> subprocess.CompletedProcess:
+def run(python: list, site: Path, cwd: Path, *words: object) -> subprocess.CompletedProcess:
     "Run Python with the wheel's content in front of everything else."
     environment = os.environ | {"PYTHONPATH": str(site), "TQDM_DISABLE": "1"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([*python, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_the_wheel_holds_weights_experiments_and_types(installed):
     package = installed / "patchify"
     assert (package / "weights/mini.safetensors").stat().st_size > 1_000_000
     assert {path.stem for path in (ROOT / "nbs/experiments").glob("*.ipynb")} == {p.stem for p in (package / "experiments").glob("*.ipynb")}
-    assert (package / "py.typed").exists() and (package / "published.csv").exists()
+    assert all((package / name).exists() for name in ("py.typed", "published.csv", "rates.csv"))
 
 
 def test_the_readme_example_runs_from_the_wheel(installed, tmp_path):
     code = "import patchify; from patchify import Regions, describe, load, load_encoder, rank; print(patchify.__file__); " \
            "found = rank(describe(load('tiny'), load_encoder('mini', device='cpu'), Regions(level=1))); print(found.result.ranks.shape)"
-    done = python(installed, tmp_path, "-c", code)
+    done = run([sys.executable], installed, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     assert str(installed) in done.stdout and "(6, 36)" in done.stdout
 
 
-def test_commands_run_from_the_wheel(installed, data, tmp_path):
+def test_commands_run_from_the_wheel(python, installed, data, tmp_path):
     command = ("-c", "import sys; from patchify.cli import main; sys.exit(main())")
     for words in (["index", data / "tiny/distractors", "--out", "index", "--level", 1],
                   ["search", "index", data / "tiny/distractors/D0000.jpg", "-k", 2],
                   ["report", "--only", "levels", "--dataset", "tiny", "--level", 1, "--data", data]):
-        done = python(installed, tmp_path, *command, *words)
+        done = run(python, installed, tmp_path, *command, *words)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "reports/tiny-mini/levels.html").exists()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AS_OPTIONS', 'INDEXES', 'RERANKERS', 'evaluate']
 
-# %% ../../nbs/commands/81_evaluate.ipynb #c002
+# %% ../../nbs/commands/81_evaluate.ipynb #m002
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -20,12 +20,15 @@ from patchify.commands.app import (
     Aspect, Backbone, Checkpoint, Data, Device, JsonFile, Level, RandomWeights, Size,
     app, check_choice, check_target, write_text,
 )
+from .official import OFFICIAL, evaluate_features, evaluate_official, load_backbone
 
 if TYPE_CHECKING:
+    from patchify.boxes import Regions
     from patchify.compress import CompressedIndex
     from patchify.encoder import Encoder
     from patchify.evaluate import Described, Retrieval
     from patchify.retrieval_set import RetrievalSet
+    from patchify.scoring import Ranking
 
 # %% ../../nbs/commands/81_evaluate.ipynb #c008
 def _summary(name: str, figures: dict) -> str:
@@ -46,6 +49,15 @@ def _summary(name: str, figures: dict) -> str:
         lines.append("          " + "".join(f"  R@{k} {_number(value)}" for k, value in figures["r@k"].items()))
     if figures["locscore_iou"] is not None or figures["locscore_hit"] is not None or figures["score"] == "mAP@1000":
         lines.append(f"LocScore    {_number(figures['locscore_iou'])} (iou)  {_number(figures['locscore_hit'])} (hit)")
+    if "oracle" in figures:
+        lines.append(f"oracle      {_number(figures['oracle'])}")
+    for table in ("scale", "clutter", "categories"):
+        if table in figures:
+            parts = "".join(f"  {group} {_number(value)}" for group, value in figures[table].items())
+            lines.append(f"{table:10}{parts}")
+    if figures.get("published"):
+        rows = ", ".join(f"{name} {_number(value)}" for name, value in figures["published"].items())
+        lines.append(f"published   {rows}")
     lines += [f"left out: {count} {what}" for what, count in figures["left_out"].items() if count]
     return "\n".join(lines)
 
@@ -64,7 +76,6 @@ AS_OPTIONS = {
     '"same"': "-1",
     '"all"': "-2",
 }
-INDEXES = ("exact", "flat", "pq", "ivfpq")
 INDEXES = ("exact", "flat", "pq", "ivfpq")
 
 
@@ -108,9 +119,11 @@ def _index_builder(index: str, settings: "CompressedIndex | None", described: "D
 
     return build
 
-# %% ../../nbs/commands/81_evaluate.ipynb #c014
+# %% ../../nbs/commands/81_evaluate.ipynb #m014
 def _check_first_stage(index: str, rescore: int, adapt: Path | None, expand: int, rerank: str | None) -> None:
     "Refuse options of the first stage that do not go together."
+    if rescore and index in ("exact", "flat"):
+        raise ValueError(f"--rescore works with --index pq or ivfpq: the scores of {index} are exact already")
     if adapt and index not in ("exact", "flat"):
         raise ValueError(f"--adapt works with --index exact or flat, not with {index}")
     if expand and index != "exact":
@@ -120,6 +133,37 @@ def _check_first_stage(index: str, rescore: int, adapt: Path | None, expand: int
             raise ValueError(f"{option} cannot be combined with --rescore: the scores are exact already")
         if given and rerank:
             raise ValueError(f"{option} cannot be combined with --rerank")
+
+
+def _check_sizes(
+    settings: "CompressedIndex | None", encoder: "Encoder", scheme: "Regions", expand: int, benchmark: "RetrievalSet",
+    visualize: Path | None,
+) -> None:
+    "Refuse options that do not fit the encoder or the data set, before anything is encoded."
+    if expand > len(benchmark.gallery):
+        raise ValueError(f"--expand {expand}: each query ranks only {len(benchmark.gallery)} images")
+    if visualize and visualize.exists() and not visualize.is_dir():
+        raise ValueError(f"--visualize {visualize} is a file: name a folder")
+    if settings is None or scheme.kind == "pool":
+        return
+    if encoder.dim % settings.n_subvectors:
+        raise ValueError(f"--m must divide the dimension {encoder.dim}, got {settings.n_subvectors}")
+    highest = int(scheme.levels[-1])
+    if isinstance(settings.train_level, int) and not -2 <= settings.train_level <= max(highest, -1):
+        raise ValueError(f"--train-level must be -1, -2 or a level up to {highest}, got {settings.train_level}")
+
+
+def _check_text_options(
+    backbone: str, size: int | None, aspect: str, regions: str, rerank: str | None, visualize: Path | None
+) -> None:
+    "Refuse options that need a query image or another image tower."
+    if backbone == "mini":
+        raise ValueError("text queries need an encoder with a text tower: --backbone siglip, siglip2 or clip")
+    given = {"--size": size, "--rerank": rerank, "--visualize": visualize}
+    given |= {"--aspect pad": aspect != "stretch", "--regions pool": regions == "pool"}
+    for option, value in given.items():
+        if value:
+            raise ValueError(f"{option} does not go with text queries")
 
 
 def _load_adapter(path: Path | None, encoder: "Encoder") -> Callable | None:
@@ -168,35 +212,6 @@ def _first_stage(
     return rank(replace(described, queries=queries), index=builder)
 
 # %% ../../nbs/commands/81_evaluate.ipynb #c017
-def _load_encoder(
-    backbone: str, checkpoint: Path | None, random_weights: bool, size: int | None, aspect: str, device: str | None
-) -> "Encoder":
-    "The encoder of a name; token and raml name the networks that their authors released."
-    from patchify.encoder import load_encoder
-
-    if backbone not in ("token", "raml"):
-        return load_encoder(backbone, checkpoint, random_weights, device, size=size, aspect=aspect)
-    from patchify.descriptors.official import load_official_encoder
-
-    if checkpoint is None:
-        raise ValueError(f"--backbone {backbone} needs --checkpoint with a file that its authors released")
-    return load_official_encoder(backbone, checkpoint, size, device or "cpu")
-
-
-def _evaluate_token(benchmark: "RetrievalSet", checkpoint: Path | None) -> dict:
-    "Score a released network of Token as its authors do: whole images in their own shape, three scales."
-    from patchify.descriptors.heads import evaluate_photos
-    from patchify.descriptors.official import load_token_model
-
-    if checkpoint is None:
-        raise ValueError("--backbone token needs --checkpoint with a file that its authors released")
-    found = evaluate_photos(load_token_model(checkpoint), benchmark)
-    found |= {"gallery": len(benchmark.gallery), "patches": 1, "left_out": {}}
-    found |= {"locscore_iou": None, "locscore_hit": None}
-    print(_summary(benchmark.name, found))
-    return found
-
-# %% ../../nbs/commands/81_evaluate.ipynb #c019
 def _parse_cutoffs(text: str | None) -> tuple[int, ...]:
     "The k of `--top-k 1,5,10`, ascending."
     try:
@@ -206,6 +221,11 @@ def _parse_cutoffs(text: str | None) -> tuple[int, ...]:
     if cutoffs and cutoffs[0] < 1:
         raise ValueError(f"--top-k {text}: write whole numbers of at least 1, such as 1,5,10")
     return cutoffs
+
+
+def _with_cutoffs(benchmark: "RetrievalSet", cutoffs: tuple[int, ...]) -> "RetrievalSet":
+    "A benchmark that reports R@k for these k, too."
+    return benchmark.under(replace(benchmark.protocol, recalls=cutoffs)) if cutoffs else benchmark
 
 
 def _locscores(run: "Retrieval", iou: str) -> dict:
@@ -218,6 +238,32 @@ def _locscores(run: "Retrieval", iou: str) -> dict:
         known = values[~np.isnan(values)]
         found[f"locscore_{weight}"] = round(100 * float(known.mean()), 4) if len(known) else None
     return found
+
+
+def _refuse(reason: str, options: dict) -> None:
+    "Refuse the options that were given, because of the reason."
+    given = [option for option, value in options.items() if value]
+    if given:
+        raise ValueError(f"{reason}: it does not take {', '.join(given)}")
+
+
+def _finish(
+    name: str,
+    found: dict,  # the figures
+    json_file: Path | None,
+    export: Path | None = None,  # ILIAS's similarity file
+    ranking: "Ranking | None" = None,  # what is exported
+) -> None:
+    "Print the figures and write the files that were asked for."
+    print(_summary(name, found))
+    if json_file:
+        write_text(json_file, json.dumps(found, indent=1))
+    if export:
+        from patchify.data.ilias_files import save_similarities
+
+        export.parent.mkdir(parents=True, exist_ok=True)
+        tables = (ranking.benchmark.queries["id"], ranking.benchmark.gallery["id"])
+        save_similarities(export, *tables, ranking.result.scores, ranking.result.ranks)
 
 
 def _draw_results(run: "Retrieval", folder: Path, queries: int = 20) -> None:
@@ -233,13 +279,15 @@ def _draw_results(run: "Retrieval", folder: Path, queries: int = 20) -> None:
         figure.savefig(folder / f"{query:04d}.png")
         plt.close(figure)
 
-# %% ../../nbs/commands/81_evaluate.ipynb #c022
+# %% ../../nbs/commands/81_evaluate.ipynb #m020
 RERANKERS = ("ames", "ames_binary", "locore", "ames_patches", "locore_patches")
 
 
 @app.command()
 def evaluate(
-    dataset: Annotated[str, typer.Option(help="mini, tiny, ilias:DIR, roxford5k:DIR, cub:DIR, ...")] = "mini",
+    dataset: Annotated[
+        str, typer.Option(help="mini, tiny, ilias:DIR, ilias-text:DIR, ilias-features:DIR, roxford5k:DIR, cub:DIR, ...")
+    ] = "mini",
     backbone: Backbone = "mini",
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
@@ -274,6 +322,15 @@ def evaluate(
     iou: Annotated[str, typer.Option(help="threshold of LocScore: default (0.4) or average (0.2 to 0.6)")] = "default",
     top_k: Annotated[Optional[str], typer.Option(help="report R@k for these k, such as 1,5,10")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="patches per forward pass")] = 64,
+    student: Annotated[
+        Optional[Path], typer.Option(help="raml: released network of the queries; --checkpoint is the gallery's")
+    ] = None,
+    query_size: Annotated[
+        Optional[int], typer.Option(min=1, help="raml: query pixels; default: 224 with --student, else the gallery's")
+    ] = None,
+    gallery_size: Annotated[Optional[int], typer.Option(min=1, help="raml: gallery pixels; default: 448")] = None,
+    queries: Annotated[str, typer.Option(help="ilias-features: image or text")] = "image",
+    distractors: Annotated[str, typer.Option(help="ilias-features: all, mini or none")] = "all",
     visualize: Annotated[
         Optional[Path], typer.Option(help="write the first results of the first 20 queries as pictures to this folder")
     ] = None,
@@ -299,28 +356,58 @@ def evaluate(
     from patchify.boxes import Regions
     from patchify.data.registry import load
     from patchify.evaluate import describe, metrics_dict
-    from patchify.data.ilias_files import save_similarities
     from patchify.files import file_checksum
     from patchify.pages.page import provenance
     from patchify.zoo.rerankers import Reranker
 
-    if backbone == "token":
-        if adapt or expand or rerank or export or rescore or index != "exact":
-            options = "--adapt, --expand, --export, --index, --rerank or --rescore"
-            raise ValueError(f"--backbone token is evaluated as its authors do: it does not take {options}")
-        found = _evaluate_token(load(dataset, data, protocol), checkpoint)
-        if json_file:
-            write_text(json_file, json.dumps(found, indent=1))
+    if backbone != "raml" and (student or query_size or gallery_size):
+        raise ValueError("--student, --query-size and --gallery-size belong to --backbone raml")
+    patches_only = {"--expand": expand, "--rerank": rerank, "--rescore": rescore, "--visualize": visualize}
+    patches_only["--index"] = index != "exact"
+    kind, _, folder = dataset.partition(":")
+    if kind == "ilias-features":
+        _refuse("--dataset ilias-features holds descriptors", patches_only)
+        found, ranking = evaluate_features(folder, queries, distractors, adapt, protocol, device)
+        found["provenance"] = provenance(
+            dataset=dataset, queries=queries, distractors=distractors, adapt=adapt and file_checksum(adapt)
+        )
+        _finish(dataset, found, json_file, export, ranking)
         return
+    if backbone in OFFICIAL:
+        networks = (checkpoint, student, query_size, gallery_size)
+        whole_images = backbone == "token" or any(networks[1:])
+        reason = f"--backbone {backbone} is evaluated as its authors do"
+        refused = patches_only | {"--adapt": adapt, "--export": export, "--size": size}
+        if whole_images:
+            _refuse(reason, refused)
+        benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
+        if whole_images or benchmark.protocol.recalls:
+            _refuse(reason, refused)
+            found = evaluate_official(backbone, benchmark, *networks, device)
+            weights = [file and file_checksum(file) for file in (checkpoint, student)]
+            found["provenance"] = provenance(
+                dataset=dataset, data=benchmark.fingerprint, backbone=backbone, weights=weights
+            )
+            _finish(benchmark.name, found, json_file)
+            return
     scheme = Regions(regions, level)
     settings = _index_settings(index, m, nbits, nlist, nprobe, metric, train_level)
-    encoder = _load_encoder(backbone, checkpoint, random_weights, size, aspect, device)
+    text_encoder = None
+    if dataset.partition(":")[0] == "ilias-text":
+        _check_text_options(backbone, size, aspect, regions, rerank, visualize)
+        from patchify.text import describe_texts, load_towers
+
+        encoder, text_encoder = load_towers(backbone, checkpoint, random_weights, device)
+    else:
+        encoder = load_backbone(backbone, checkpoint, random_weights, size, aspect, device)
     reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     adapter = _load_adapter(adapt, encoder)
-    benchmark = load(dataset, data, protocol)
-    if cutoffs:
-        benchmark = benchmark.under(replace(benchmark.protocol, recalls=cutoffs))
-    described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
+    benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
+    _check_sizes(settings, encoder, scheme, expand, benchmark, visualize)
+    if text_encoder:
+        described = describe_texts(benchmark, encoder, text_encoder, scheme, data / "stores", batch_size)
+    else:
+        described = describe(benchmark, encoder, scheme, data / "stores", batch_size)
     run = _first_stage(described, _index_builder(index, settings, described, data), rescore, adapter, expand)
     if reranker:
         run = reranker(run, encoder, data)
@@ -343,12 +430,6 @@ def evaluate(
         rerank=rerank,
         rerank_top_k=rerank_top_k,
     )
-    print(_summary(run.described.benchmark.name, found))
-    if json_file:
-        write_text(json_file, json.dumps(found, indent=1))
+    _finish(run.described.benchmark.name, found, json_file, export, run.ranking)
     if visualize:
         _draw_results(run, visualize)
-    if export:
-        export.parent.mkdir(parents=True, exist_ok=True)
-        queries = run.described.benchmark.queries["id"]
-        save_similarities(export, queries, benchmark.gallery["id"], run.result.scores, run.result.ranks)

@@ -8,14 +8,18 @@ __all__ = ['index', 'search', 'check']
 # %% ../../nbs/commands/82_folders.ipynb #c002
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from patchify.commands.app import (
-    Aspect, Backbone, Checkpoint, Device, JsonFile, Level, RandomWeights, Size, app, check_target, write_text,
+    Aspect, Backbone, Checkpoint, Device, JsonFile, Level, RandomWeights, Size, app, check_choice, check_target,
+    write_text,
 )
+from .official import load_backbone, load_index_encoder
+from .scale import finish_index, index_share, index_with_workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +27,13 @@ if TYPE_CHECKING:
     from patchify.encoder import Encoder
     from patchify.folder_index import FolderIndex
     from patchify.pages.results import QueryHits
+    from patchify.search import ImageIndex
 
-# %% ../../nbs/commands/82_folders.ipynb #c009
+# %% ../../nbs/commands/82_folders.ipynb #m009
+_KINDS = ("exact", "pq", "ivfpq", "auto")
+_INDEX_HELP = "how to search: exact, pq or ivfpq; auto: exact as long as it fits into memory; default: as before, or auto"
+
+
 @app.command()
 def index(
     folder: Annotated[Path, typer.Argument(help="images, searched recursively, through links, tar files included")],
@@ -35,24 +44,39 @@ def index(
     size: Size = None,
     aspect: Aspect = "stretch",
     level: Level = 3,
+    kind: Annotated[Optional[str], typer.Option("--index", help=_INDEX_HELP)] = None,
     device: Device = None,
+    part: Annotated[
+        Optional[str], typer.Option(help="i/n: encode this share only, on one of n machines; then `patchify merge`")
+    ] = None,
+    cluster: Annotated[
+        Optional[str], typer.Option(help="encode on a Ray cluster: its address, auto, or local for this machine")
+    ] = None,
 ):
     "Index a folder of images, or bring its index up to date."
+    check_choice("--index", kind or "auto", _KINDS)
     from patchify.boxes import Regions
-    from patchify.encoder import load_encoder
     from patchify.folder_index import index_folder
 
+    from patchify.messages import refuse_url
+
     regions = Regions("pyramid", level)
+    for path in (folder, out, checkpoint or ""):
+        refuse_url(path)
     if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
-    encoder = load_encoder(backbone, checkpoint, random_weights, device, size=size, aspect=aspect)
+        raise ValueError(f"{folder} is a file: name a folder" if folder.exists() else f"no such folder: {folder}")
+    load = partial(load_backbone, backbone, checkpoint, random_weights, size, aspect, device)
     try:
-        found = index_folder(folder, out, encoder, regions)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted: the same command goes on where it stopped") from None
-    failed = len(found.images) - len(found)
-    note = f"; {failed} could not be read, see {out / 'failures.csv'}" if failed else ""
-    print(f"{len(found)} images x {regions.count} patches in {out}{note}")
+        if part:
+            return index_share(folder, out, load(), regions, part)
+        if cluster:
+            found = index_with_workers(folder, out, load, regions, cluster, device == "cuda")
+        else:
+            found = index_folder(folder, out, load(), regions)
+        finish_index(found, out, kind, regions.count)
+    except KeyboardInterrupt as stop:
+        word = str(stop).partition(":")[0] or "interrupted"
+        raise KeyboardInterrupt(f"{word}: the same command goes on where it stopped") from None
 
 # %% ../../nbs/commands/82_folders.ipynb #c012
 def _parse_box(text: str | None, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -84,7 +108,7 @@ def _query_files(images: list[Path]) -> list[Path]:
         raise ValueError(f"no query images in {', '.join(map(str, images))}")
     return files
 
-# %% ../../nbs/commands/82_folders.ipynb #c014
+# %% ../../nbs/commands/82_folders.ipynb #m014
 @app.command()
 def search(
     directory: Annotated[Path, typer.Argument(help="what `patchify index` wrote")],
@@ -97,6 +121,7 @@ def search(
     per_image: Annotated[int, typer.Option(help="regions per image, overlapping ones suppressed")] = 1,
     min_score: Annotated[float, typer.Option(help="leave out hits with a lower score")] = -1.0,
     refine: Annotated[int, typer.Option(min=0, help="refine the boxes of the first images of every query")] = 0,
+    kind: Annotated[Optional[str], typer.Option("--index", help=_INDEX_HELP)] = None,
     html_file: Annotated[Optional[Path], typer.Option("--html", help="write a page with pictures")] = None,
     json_file: JsonFile = None,
     checkpoint: Checkpoint = None,
@@ -110,47 +135,83 @@ def search(
         raise ValueError(f"-k must be at least 1, got {k}")
     if per_image < 1:
         raise ValueError(f"--per-image must be at least 1, got {per_image}")
+    if min_score != min_score:
+        raise ValueError("--min-score nan: write a number")
+    check_choice("--index", kind or "auto", _KINDS)
+    from patchify.compressed_folder import open_searcher
     from patchify.folder_index import FolderIndex
     from patchify.images import open_image
+    from patchify.messages import refuse_url
     from patchify.pages.results import QueryHits, results_page
 
     if (text is None) == (not images):
         raise ValueError("name query images or a sentence with --text, one of the two")
+    refuse_url(directory)
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file: name the folder of an index")
     opened = FolderIndex.open(directory)
-    queries = []
-    if text:
-        from patchify.text import load_towers
+    searcher, choice = open_searcher(opened, kind)
+    print(choice, file=sys.stderr)
 
-        encode = load_towers(opened.manifest["encoder"], checkpoint, random_weights, device)[1]
-        queries.append(QueryHits(text, None, None, _keep(opened, encode([text]), k, per_image, min_score)))
-        _print_hits(queries[0], alone=True)
+    def answer(name, image, corners, query, encoder, alone):
+        hits = _keep(opened, searcher, query, k, per_image, min_score)
+        if refine:
+            outdated = opened.outdated(hit["path"] for hit in hits)
+            hits = [
+                hit if hit["path"] in outdated else _refined(opened, encoder, query[0], hit)
+                for hit in hits[:refine]
+            ] + hits[refine:]
+        found = QueryHits(name, image, corners, hits)
+        _print_hits(found, alone)
+        return found
+
+    queries = []
+    if text is not None:
+        from patchify.text import check_towers, load_towers
+
+        encoder, encode = load_towers(opened.manifest["encoder"], checkpoint, random_weights, device)
+        query = encode([text])
+        if not random_weights:
+            check_towers(opened, encoder)
+        queries.append(answer(text, None, None, query, encoder, alone=True))
     else:
         files = _query_files(images)
         if box and len(files) > 1:
             raise ValueError(f"--box {box} belongs to one query image, but there are {len(files)}")
-        encoder = opened.encoder(checkpoint, random_weights, device)
+        encoder = load_index_encoder(opened, checkpoint, random_weights, device)
         for file in files:
             image = open_image(file)
             corners = _parse_box(box, image.size)
             query = opened.describe(encoder, image, corners)
-            hits = _keep(opened, query, k, per_image, min_score)
-            if refine:
-                hits = [_refined(opened, encoder, query[0], hit) for hit in hits[:refine]] + hits[refine:]
-            queries.append(QueryHits(str(file), image, corners, hits))
-            _print_hits(queries[-1], alone=len(files) == 1)
+            queries.append(answer(str(file), image, corners, query, encoder, alone=len(files) == 1))
+    _report_outdated(opened, queries)
     if json_file:
         found = [query.hits for query in queries]
         write_text(json_file, json.dumps(found if len(found) > 1 else found[0], indent=1))
     if html_file:
-        about = f"{opened.manifest['encoder']}, L{opened.regions.level}, exact search over {len(opened)} images"
+        about = f"{opened.manifest['encoder']}, L{opened.regions.level}, {choice.kind} search over {len(opened)} images"
         write_text(html_file, results_page(queries, opened.folder, about))
 
 
-def _keep(index: "FolderIndex", query: "np.ndarray", k: int, per_image: int, min_score: float) -> list[dict]:
+def _report_outdated(index: "FolderIndex", queries: list["QueryHits"]) -> None:
+    "Say which images have changed or gone since they were indexed."
+    from patchify.messages import printable
+
+    outdated = index.outdated(hit["path"] for query in queries for hit in query.hits)
+    if outdated:
+        others = f" and {len(outdated) - 1} more" if len(outdated) > 1 else ""
+        remedy = f"run `patchify index {index.folder} --out {index.path}` again"
+        message = f"{outdated[0]}{others} changed since the folder was indexed: {remedy}"
+        print(printable(message), file=sys.stderr)
+
+
+def _keep(
+    index: "FolderIndex", searcher: "ImageIndex", query: "np.ndarray", k: int, per_image: int, min_score: float
+) -> list[dict]:
     "The hits of one query (1, D): the best regions of the best images, if they score enough."
     from patchify.folder_index import best_regions
 
-    hits = index.search(query, k)[0]
+    hits = index.search(query, k, searcher)[0]
     if per_image > 1:
         hits = [region for hit in hits for region in best_regions(index, query[0], hit["path"], per_image)]
     return [hit for hit in hits if hit["score"] >= min_score]
@@ -167,26 +228,34 @@ def _refined(index: "FolderIndex", encoder: "Encoder", query: "np.ndarray", hit:
 
 def _print_hits(query: "QueryHits", alone: bool) -> None:
     "The hits of one query as a small table, or as a line of JSON where there are several queries."
+    from patchify.messages import printable
+
     if not alone:
         print(json.dumps({"query": query.name, "hits": query.hits}))
         return
     for hit in query.hits:
         box = ",".join(f"{value:.0f}" for value in hit["box"])
-        print(f"{hit['score']:.3f}  {box:>20}  {hit['path']}")
+        print(f"{hit['score']:.3f}  {box:>20}  {printable(hit['path'])}")
 
-# %% ../../nbs/commands/82_folders.ipynb #c017
+# %% ../../nbs/commands/82_folders.ipynb #m019
 @app.command()
 def check(
     directory: Annotated[Path, typer.Argument(help="an index or a store")],
 ):
     "Verify all checksums of an index or a store."
+    if not directory.is_dir():
+        problem = f"{directory} is a file: name the folder of an index or a store"
+        raise ValueError(problem if directory.exists() else f"no such folder: {directory}")
     from patchify.folder_index import FolderIndex
     from patchify.store import check_store
 
-    if not directory.is_dir():
-        raise ValueError(f"no such folder: {directory}")
     is_index = any(any(directory.glob(name)) for name in ("images.parquet", "pending.parquet", "part-*"))
-    problems = FolderIndex.open(directory).check() if is_index else check_store(directory)
+    if is_index:
+        from patchify.compressed_folder import check_codes
+
+        problems = FolderIndex.open(directory).check() + check_codes(directory)
+    else:
+        problems = check_store(directory)
     if problems:
         print("\n".join(problems[1:]), file=sys.stderr, end="\n" * (len(problems) > 1))
         raise ValueError(problems[0])

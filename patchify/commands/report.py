@@ -73,6 +73,9 @@ def report(
     device: Device = None,
     data: Data = Path("data"),
     reports: Annotated[Path, typer.Option(help="folder of all runs")] = Path("reports"),
+    book: Annotated[
+        bool, typer.Option("--book", help="run nothing: render the notebooks as a book beside the pages")
+    ] = False,
 ):
     "Run the experiments: every table and figure, as pages under reports/."
     from patchify.boxes import Regions
@@ -80,6 +83,11 @@ def report(
     from patchify.encoder import load_encoder
     from patchify.pages.report import run_reports
 
+    if book:
+        from patchify.pages.book import build_book
+
+        print(f"book: {build_book(reports)}")
+        return
     Regions("pyramid", level)
     own = dict(map(_parameter, parameter or []))
     backbones = backbone.split(",")

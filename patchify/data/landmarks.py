@@ -19,7 +19,7 @@ from .lists import read_image_list, read_records
 from ..files import read_pickle
 from ..retrieval_set import PROTOCOLS, Protocol, RetrievalSet
 
-# %% ../../nbs/data/23_landmarks.ipynb #c009
+# %% ../../nbs/data/23_landmarks.ipynb #new15c35
 def _rows(path: Path, query: int, entry: dict, name: str, n_gallery: int) -> np.ndarray:
     "One list of gallery rows of a query, checked."
     try:
@@ -67,7 +67,7 @@ def _boxes(path: Path, truth: list) -> list[np.ndarray]:
         boxes.append(box)
     return boxes
 
-
+# %% ../../nbs/data/23_landmarks.ipynb #c009
 def _truth_file(root: Path) -> Path:
     "The one gnd_*.pkl of a folder; a copy named for the distractors gives way."
     found = sorted(root.glob("gnd_*.pkl"))
@@ -184,7 +184,10 @@ def _from_solution(root: Path, usage: str | None) -> RetrievalSet:
     rows_of = {name: row for row, name in enumerate(_names(root / "index.csv", "id", names))}
     records = []
     unknown = 0
-    for _, (name, images, part) in read_records(root / "retrieval_solution_v2.1.csv", ["id", "images", "Usage"]):
+    solution = root / "retrieval_solution_v2.1.csv"
+    for line, (name, images, part) in read_records(solution, ["id", "images", "Usage"]):
+        if part not in ("Public", "Private", "Ignored"):
+            raise ValueError(f"{solution}, line {line}: expected Public, Private or Ignored, got {part!r}")
         if part == "Ignored" or usage not in (None, part):
             continue
         rows = [rows_of[image] for image in images.split() if image in rows_of]

@@ -218,11 +218,12 @@ def as_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,  # None: the fastest this device has
     notes: str = "",  # where the weights come from
+    aspect: str = "stretch",  # how patches become square: "stretch", or "pad" to keep their aspect ratio
 ) -> Encoder:
     "A descriptor network as an encoder: images (B, 3, H, W) -> unit descriptors (B, D)."
     mean = tuple(net.backbone.mean.flatten().tolist())
     std = tuple(net.backbone.std.flatten().tolist())
-    return Encoder(_Stacked(net), name, size, mean, std, device, dtype, notes)
+    return Encoder(_Stacked(net), name, size, mean, std, device, dtype, notes, aspect)
 
 
 def load_official_encoder(
@@ -231,13 +232,14 @@ def load_official_encoder(
     size: int | None = None,  # side of the square input, pixels; None: the training size
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,  # None: the fastest this device has
+    aspect: str = "stretch",  # how patches become square: "stretch", or "pad" to keep their aspect ratio
 ) -> Encoder:
     "An encoder from a released file of Token or RAML."
     if name not in OFFICIAL_ENCODERS:
         raise ValueError(f"name must be one of {', '.join(OFFICIAL_ENCODERS)}, got {name!r}")
     load, training_size = OFFICIAL_ENCODERS[name]
     net = load(checkpoint)
-    return as_encoder(net, name, size or training_size, device, dtype, f"file {Path(checkpoint).name}")
+    return as_encoder(net, name, size or training_size, device, dtype, f"file {Path(checkpoint).name}", aspect)
 
 # %% ../../nbs/descriptors/49_official.ipynb #c028
 class LinearAdapter:

@@ -89,7 +89,7 @@ def load_dinov2(
     weights["cls_token"] = weights["cls_token"] + positions[:, :1]
     dim, _, _, patch = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    model = DINOv2(dim, depth, heads or dim // 64, patch, grid, registers.shape[1])
+    model = DINOv2(dim, depth, heads or max(1, dim // 64), patch, grid, registers.shape[1])
     load_strict(model.vit, weights, source)
     return model.eval()
 

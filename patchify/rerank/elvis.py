@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import load_strict, read_weights
+from .ames import Binarize
 from .shortlist import Descriptors
 
 # %% ../../nbs/rerank/42_elvis.ipynb #c006
@@ -49,13 +50,18 @@ class ELViS(nn.Module):
         logit_dim: int = 64,  # hidden width of g
         temperature: float = 0.1,  # similarities are divided by it
         iterations: int = 10,  # of the transport
+        binary: bool = False,  # read signs of a learned projection instead of the descriptors, as AMES can
     ):
         super().__init__()
         self.local_dim = local_dim
+        self.binary = binary
         self.temperature = temperature
         self.iterations = iterations
         self.dust_bin = nn.Parameter(torch.tensor(1.0))
-        self.remap_local = nn.Sequential(nn.Linear(local_dim, model_dim), nn.LayerNorm(model_dim))
+        first = [nn.Linear(local_dim, model_dim)]
+        if binary:
+            first = [Binarize(local_dim, model_dim), nn.Linear(model_dim, model_dim)]
+        self.remap_local = nn.Sequential(*first, nn.LayerNorm(model_dim))
         norm = nn.LayerNorm(vote_dim, eps=1e-6)
         self.f = nn.Sequential(nn.Linear(1, vote_dim), norm, nn.GELU(), nn.Linear(vote_dim, 1))
         self.g = nn.Sequential(nn.Linear(1, logit_dim), nn.GELU(), nn.Linear(logit_dim, 1))
@@ -102,12 +108,14 @@ def load_elvis(
     "Build the model that a checkpoint belongs to and load it under the official key names."
     source = "the weights" if isinstance(weights, dict) else weights
     weights = weights if isinstance(weights, dict) else read_weights(weights)
-    needed = ("remap_local.0.weight", "f.0.weight", "g.0.weight", "dust_bin")
-    missing = [name for name in needed if name not in weights]
+    binary = "remap_local.0.W" in weights
+    first = "remap_local.0.W" if binary else "remap_local.0.weight"
+    missing = [name for name in (first, "f.0.weight", "g.0.weight", "dust_bin") if name not in weights]
     if missing:
         raise ValueError(f"{source} is no ELViS checkpoint: {missing[0]} is missing")
-    model_dim, local_dim = weights["remap_local.0.weight"].shape
-    model = ELViS(local_dim, model_dim, len(weights["f.0.weight"]), len(weights["g.0.weight"]), temperature, iterations)
+    sizes = weights[first].shape if binary else weights[first].T.shape
+    widths = (len(weights["f.0.weight"]), len(weights["g.0.weight"]))
+    model = ELViS(*sizes, *widths, temperature, iterations, binary)
     return load_strict(model, weights, source).eval()
 
 # %% ../../nbs/rerank/42_elvis.ipynb #c022

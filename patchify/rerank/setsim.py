@@ -29,7 +29,7 @@ def _cosines(query: Tensor, gallery: Tensor, query_valid: Tensor | None, gallery
 
 def _mean_of_matches(best: Tensor, matched: Tensor, query_valid: Tensor | None) -> Tensor:
     "Sum of the matched similarities over the number of real query descriptors. (B, Q), (B, Q) -> (B,)"
-    count = best.shape[1] if query_valid is None else query_valid.sum(1)
+    count = best.shape[1] if query_valid is None else query_valid.sum(1).clamp(min=1)
     return best.masked_fill(~matched, 0).sum(1) / count
 
 
