@@ -125,12 +125,12 @@ def load_or_build_index(
 ) -> CompressedIndex:
     "The index of these settings and descriptors: opened if its file exists, otherwise trained, filled and saved."
     blocks = as_blocks(descriptors)
-    ids = as_gallery_ids(gallery_ids, sum(map(len, blocks)))
+    ids = as_gallery_ids(gallery_ids, blocks.n_images)
     settings = {field.name: getattr(index, field.name) for field in fields(index) if field.name != "n_probe"}
     key = cache_key(
         "index", 3, format=MAGIC.decode(), faiss=faiss.__version__, index=type(index).__name__,
         settings=settings, data=data,
-        gallery_ids=hashlib.sha256(ids.tobytes()).hexdigest(), shape=list(blocks[0].shape[1:]),
+        gallery_ids=hashlib.sha256(ids.tobytes()).hexdigest(), shape=list(blocks.shapes[0][1:]),
         levels=None if levels is None else np.asarray(levels).tolist())
     path = Path(folder) / f"{key}.index"
     found = _open_sound(path)
