@@ -9,7 +9,7 @@ _HOMES = {
     "Regions": "boxes", "RetrievalSet": "retrieval_set", "open_image": "images", "load": "data.registry",
     "make_mini": "synthetic.mini", "Encoder": "encoder", "load_encoder": "encoder", "Store": "store", "extract": "extraction",
     "SearchResult": "search", "ExactIndex": "search", "describe": "evaluate", "rank": "evaluate",
-    "summarize": "metrics", "paired_bootstrap": "metrics",
+    "summarize": "metrics", "paired_bootstrap": "metrics", "explore": "pages.widget",
 }
 __all__ = list(_HOMES)
 

@@ -90,7 +90,7 @@ class SharedFolder:
         names: Iterable[str] = (),  # files to copy
         placeholders: dict[str, int] = {},  # files whose content is not needed, with their sizes
     ) -> Iterator[Path]:
-        "The folder itself if it is local, otherwise a temporary one with copies of some files and empty ones of others."
+        "The folder itself if it is local, otherwise a temporary one with copies and empty files."
         if self.is_local:
             yield Path(self.path)
             return
@@ -285,8 +285,9 @@ def _check_encoder(encoder: "Encoder", settings: dict) -> None:
     found = {"encoder": encoder.name, "weights": encoder.fingerprint, "compute": compute}
     for name, value in found.items():
         if settings[name] != value:
-            place = f"the worker on {socket.gethostname()} has {name} {value}, the store was planned with {settings[name]}"
-            raise ValueError(f"{place}: install the same on all nodes, and do not mix nodes with and without GPUs")
+            worker = f"the worker on {socket.gethostname()} has {name} {value}"
+            planned = f"the store was planned with {settings[name]}"
+            raise ValueError(f"{worker}, {planned}: install the same on all nodes, and do not mix nodes with and without GPUs")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ __all__ = ['BOOK_STYLE', 'PARTS', 'picture_file', 'chapter_html', 'Chapter', 'fi
 import base64
 import html
 import io
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ def _code_cell_html(cell: dict, heading: str, name: str, files: dict[str, bytes]
     hidden_input = "hide-input" in cell.metadata.get("tags", []) or "hide-input" in directives
     block = ""
     if source and not hidden_input:
-        block = f'<div class="cell{" exported" * exported}"><pre tabindex=0>{highlighted(source)}</pre></div>'
-        if exported and not re.search(r"^(?!import |from |    |\)|$)", source, re.M):
+        block = f'<div class="cell{" exported" * exported}"><pre>{highlighted(source)}</pre></div>'
+        if exported and not re.search(r"^(?!import |from |    |#|\)|$)", source, re.M):
             block = f"<details class=code><summary>Imports</summary>{block}</details>"
     shown = "".join(_output_html(output, heading, name, files) for output in cell.outputs)
     return block + (f"<div class=output>{shown}</div>" if shown else "")
@@ -200,6 +201,17 @@ def _bar(chapters: list[Chapter], i: int) -> dict[str, str]:
     return links
 
 
+def _link_chapters(body: str, chapter: Chapter, chapters: list[Chapter]) -> str:
+    "Links between notebooks as links between chapters; links to other files of the project become plain text."
+    addresses = {other.path.resolve(): other.address for other in chapters}
+
+    def link(match: re.Match) -> str:
+        address = addresses.get((chapter.path.parent / match[1]).resolve())
+        return f'<a href="{os.path.relpath(address, chapter.part)}"' if address else "<a"
+
+    return re.sub(r'<a href="([^":#]+)"', link, body)
+
+
 def build_book(
     reports: str | Path = "reports",  # the book becomes its folder `book`
     notebooks: str | Path = "nbs",  # folder of all notebooks
@@ -218,6 +230,7 @@ def build_book(
         files = {}
         body = chapter_html(nbformat.read(chapter.path, as_version=4), chapter.name, files)
         page = book / chapter.address
+        body = _link_chapters(body, chapter, chapters)
         page.write_text(shell(chapter.title, body, "../../index.html"), encoding="utf-8")
         set_links(page, _bar(chapters, i))
         for name, content in files.items():

@@ -20,7 +20,7 @@ from ..images import open_image
 from ..messages import printable
 
 # %% ../../nbs/pages/77_results.ipynb #c008
-OUTLINE = "#E69F00"
+OUTLINE = "#F0E442"
 
 
 def embedded(
@@ -42,7 +42,7 @@ def outlined(
     "An image with a box drawn on it, visible on light and dark ground."
     copy = image.copy()
     draw = ImageDraw.Draw(copy)
-    width = max(2, max(image.size) // 90)
+    width = max(2, max(image.size) // 70)
     x0, y0, x1, y1 = (int(round(value)) for value in box)
     corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
     draw.rectangle(corners, outline="#1f2328", width=2 * width)
@@ -91,7 +91,7 @@ PAGE_STYLE = """
 :root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--card:#151b23;--bar:#56B4E9}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
 max-width:72rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}.soft,.score,em{color:var(--soft)}a{color:var(--bar)}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin:2rem 0 .5rem;overflow-wrap:anywhere}.soft,.score,em{color:var(--soft)}a{color:var(--bar)}
 .query img{max-height:14rem;max-width:100%;border-radius:6px}
 .hits{list-style:none;padding:0;display:grid;gap:1rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
@@ -103,6 +103,13 @@ grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .bar span{display:block;height:100%;background:var(--bar);border-radius:3px}
 @media print{.hit{break-inside:avoid}}
 """
+
+
+def _box_text(query: QueryHits) -> str:
+    "The box of a query in words; nothing for a sentence or a whole image."
+    if query.image is None or tuple(query.box) == (0, 0, *query.image.size):
+        return ""
+    return f' <span class="soft">box {",".join(str(int(value)) for value in query.box)}</span>'
 
 
 def _query_picture(query: QueryHits) -> str:
@@ -124,13 +131,13 @@ def results_page(
     for query in queries:
         cards = [_card(hit, place, Path(folder), query.name) for place, hit in enumerate(query.hits, 1)]
         sections.append(
-            f'<section><h2>{html.escape(printable(query.name))}</h2>{_query_picture(query)}'
+            f"<section><h2>{html.escape(printable(query.name))}{_box_text(query)}</h2>{_query_picture(query)}"
             f'<ol class="hits">{"".join(cards)}</ol></section>'
         )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Search results</title><style>{PAGE_STYLE}</style><h1>Search results</h1>"
         f'<p class="soft">{html.escape(printable(about))}. '
-        "The orange frame marks the region that matched; it is enlarged beside the image.</p>"
+        "The yellow frame marks the region that matched; it is enlarged beside the image.</p>"
         f'{"".join(sections)}</html>\n'
     )

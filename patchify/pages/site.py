@@ -255,7 +255,7 @@ def set_links(
     anchors = [
         f'<a href="{html.escape(url, quote=True)}">{html.escape(label)}</a>' for label, url in (known | links).items()
     ]
-    after = before[: bar.start()] + f"<nav>{''.join(anchors)}</nav>" + before[bar.end() :]
+    after = before[: bar.start()] + f"<nav>{' '.join(anchors)}</nav>" + before[bar.end() :]
     if after != before:
         file.write_text(after, encoding="utf-8")
 
