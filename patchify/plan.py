@@ -13,10 +13,7 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # importing FAISS takes long
-    from patchify.compress import CompressedIndex
 
 # %% ../nbs/core/24_plan.ipynb #c009
 _PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
@@ -109,17 +106,6 @@ class IndexPlan:
         "Whether searching at full speed and training stay within the memory."
         training = 0 if self.kind == "exact" else self.training_bytes
         return max(self.search_bytes, training) <= SHARE * self.memory
-
-    def new_index(self) -> "CompressedIndex | None":
-        "An untrained index with these settings; None for exact search, which has none."
-        if self.kind == "exact":
-            return None
-        from patchify.compress import PQIndex
-        from patchify.ivf import IVFPQIndex
-
-        if self.kind == "pq":
-            return PQIndex(self.n_subvectors, self.n_bits)
-        return IVFPQIndex(self.n_subvectors, self.n_bits, n_lists=self.n_lists, n_probe=self.n_probe)
 
     def __str__(self) -> str:
         what = f"{self.n_images:,} images x {self.patches} x {self.dim}-d"
