@@ -53,7 +53,8 @@ def one_by_one(search, queries: np.ndarray) -> None:
 
 def row(benchmark: str, ours: float, baseline: float, target: str | None = None, higher: bool = False) -> dict:
     "One comparison."
-    return dict(benchmark=benchmark, ours=ours, baseline=baseline, ratio=ours / baseline if higher else baseline / ours, target=target)
+    ratio = ours / baseline if higher else baseline / ours
+    return dict(benchmark=benchmark, ours=ours, baseline=baseline, ratio=ratio, target=target)
 
 
 def lance_rows(gallery: np.ndarray, queries: np.ndarray, exact: ExactIndex, index: IVFPQIndex, built: float) -> list[dict]:

@@ -1,8 +1,8 @@
 """Time, memory and recall from 1,000 to 1,000,000 images, written to benchmarks/scale.csv: python -m benchmarks.scale --images 1e6
 
-Every row is measured in a process of its own. What the csv holds already is not measured again, so an interrupted run continues. The
-gallery is synthetic: images share themes, patches scatter around their image, and the spectrum of the descriptors decays. A million
-images take 16 GB of disk below --folder, removed at the end, and about half an hour on two cores. The scale page draws the csv.
+Every method is measured in a process of its own. What the csv holds already is not measured again, so an interrupted
+run continues. The gallery is synthetic: images share themes, patches scatter around their image, and the spectrum of the
+descriptors decays. A million images take 18 GB of disk below --folder, removed at the end. The scale page draws the csv.
 """
 import argparse
 import csv
@@ -96,8 +96,8 @@ def status(name: str) -> float:  # MB
 
 
 class PeakMemory:
-    """The largest resident memory within a block, in MB: `peak` by the kernel, with libraries and with mapped files that the system may
-    drop at any time; `private` without both, sampled."""
+    """The largest resident memory within a block, in MB: `peak` by the kernel, with libraries and with mapped files
+    that the system may drop at any time; `private` without both, sampled."""
 
     libraries = 0.0  # private memory after the imports
 
@@ -158,7 +158,8 @@ def build(folder: Path, images: int, method: str) -> list[dict]:
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
-        rows.append(dict(step=step, method=method, lists=n_lists, seconds=seconds, peak_mb=memory.peak, private_mb=memory.private))
+        rows.append(dict(step=step, method=method, lists=n_lists, seconds=seconds, peak_mb=memory.peak,
+                         private_mb=memory.private))
     path = folder / f"{method}-{images}.index"
     save_index(index, path)
     rows[-1]["bytes"] = path.stat().st_size
@@ -204,15 +205,16 @@ def search(folder: Path, images: int, method: str) -> list[dict]:
     for columns, call in searches(folder, images, method).values():
         call(queries[:2])  # opens files
         with PeakMemory() as memory:
-            one = [timed(lambda i=i: call(queries[i:i + 1]), 1.0)[0] for i in range(1 if method in ("exact", "pq") else 8)]
+            some = range(1 if method in ("exact", "pq") else 8)
+            one = [timed(lambda i=i: call(queries[i:i + 1]), 1.0)[0] for i in some]
             seconds, found = timed(lambda: call(queries))
         if method == "exact":
             np.save(folder / f"exact-{images}.npy", found.ranks)
         exact = np.load(folder / f"exact-{images}.npy")
         truth = SearchResult(np.zeros(exact.shape, np.float32), exact, exact)
         rows.append(dict(step="search", method=method, **columns, seconds=seconds, seconds_one=float(np.median(one)),
-                         peak_mb=memory.peak, private_mb=memory.private, recall_at_10=100 * recall(found, truth, 10).mean(),
-                         queries=len(queries)))
+                         peak_mb=memory.peak, private_mb=memory.private, queries=len(queries),
+                         recall_at_10=100 * recall(found, truth, 10).mean()))
     return rows
 
 
@@ -224,7 +226,8 @@ def work(folder: Path, images: int, step: str, method: str) -> list[dict]:
     if step == "write":
         start = time.perf_counter()
         write_gallery(folder / "gallery", images)
-        return [dict(step="write", method="gallery", seconds=time.perf_counter() - start, bytes=2 * images * PATCHES * DIM)]
+        seconds = time.perf_counter() - start
+        return [dict(step="write", method="gallery", seconds=seconds, bytes=2 * images * PATCHES * DIM)]
     return (build if step == "add" else search)(folder, images, method)
 
 
@@ -259,8 +262,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def steps_of(images: int) -> list[tuple[str, str]]:
     "Step and method of every process that measures one size."
-    steps = [("write", "gallery"), ("search", "exact"), ("add", "pq"), ("search", "pq"), ("add", "ivfpq"), ("search", "ivfpq"),
-             ("search", "faiss ivfpq")]
+    steps = [("write", "gallery"), ("search", "exact"), ("add", "pq"), ("search", "pq"), ("add", "ivfpq"),
+             ("search", "ivfpq"), ("search", "faiss ivfpq")]
     return steps + ([("search", "faiss flat")] if images <= FLAT_IMAGES else [])
 
 
@@ -280,8 +283,8 @@ def measure(images: int, folder: Path, out: Path) -> None:
             rows += found
             write_rows(out, rows)
         for row in found:
-            facts = [f"{name} {row[name]:,.4g}" for name in ("probes", "rescored", "seconds", "seconds_one", "private_mb", "recall_at_10")
-                     if row.get(name) not in (None, "")]
+            names = ("probes", "rescored", "seconds", "seconds_one", "private_mb", "recall_at_10")
+            facts = [f"{name} {row[name]:,.4g}" for name in names if name in row]
             print(f"{images:>9,}  {row['step']:6} {row['method']:12} " + "  ".join(facts), flush=True)
     for path in folder.glob(f"*-{images}.*"):
         path.unlink()
@@ -291,7 +294,7 @@ def main() -> None:
     "Measure all sizes up to one."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=float, default=10_000, help="largest gallery (default 10,000)")
-    parser.add_argument("--folder", type=Path, default=Path("data/scale"), help="where descriptors and indexes are kept meanwhile")
+    parser.add_argument("--folder", type=Path, default=Path("data/scale"), help="where descriptors are kept meanwhile")
     parser.add_argument("--out", type=Path, default=FILE, help="the csv")
     parser.add_argument("--keep", action="store_true", help="do not remove the folder at the end")
     parser.add_argument("--work", nargs=3, metavar=("IMAGES", "STEP", "METHOD"), help=argparse.SUPPRESS)
