@@ -34,7 +34,7 @@ from .files import atomic_write
 from .images import IMAGE_SUFFIXES, find_images, _open_bytes, open_image
 from .messages import Progress, refuse_url
 from .pyramid import cut_patches
-from .search import ExactIndex, ImageIndex, SearchResult
+from .search import ExactIndex, GalleryBlocks, ImageIndex, SearchResult
 from .extraction import extract
 from .store import Store, check_store, read_manifest
 
@@ -247,19 +247,28 @@ class FolderIndex:
     def blocks(
         self,
         ids: np.ndarray | None = None,  # of readable images, rising; None: all of them
-    ) -> list[np.ndarray]:  # blocks (n_i, P, D), memory maps
+    ) -> GalleryBlocks:  # blocks (n_i, P, D), memory maps that are opened when they are read
         "Descriptors of images in the order of their ids."
         images = self.readable if ids is None else self.readable[self.readable["id"].isin(ids)]
-        found = []
+        shapes = []
+        places = []
         for part, of_part in images.groupby("part"):
             store = self.stores[part]
             wanted = np.isin(store.rows, of_part["row"])
+            stored = store.descriptors()
             start = 0
+            for i, (n, n_patches, dim) in enumerate(stored.shapes):
+                for run in _runs(wanted[start:start + n]):
+                    shapes.append((int(run.stop - run.start), n_patches, dim))
+                    places.append((stored, i, run))
+                start += n
+
+        def open_block(number: int) -> np.ndarray:
+            stored, i, run = places[number]
             with self._with_remedy():
-                for block in store.descriptors():
-                    found += [block[run] for run in _runs(wanted[start:start + len(block)])]
-                    start += len(block)
-        return found
+                return stored[i][run]
+
+        return GalleryBlocks(shapes, open_block)
 
     @cached_property
     def exact(self) -> ExactIndex:

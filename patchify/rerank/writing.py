@@ -212,7 +212,7 @@ def write_descriptors(
     failed = writer.finish()
     if failed:
         count = f"{failed} of {len(files)} images could not be read, their rows are padding"
-        tqdm.write(f"{count}: see {writer.failures}", file=sys.stderr)
+        print(f"{count}: see {writer.failures}", file=sys.stderr)
     return writer.paths
 
 # %% ../../nbs/rerank/44_writing.ipynb #c016
