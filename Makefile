@@ -5,7 +5,7 @@ DATASET ?= mini
 BACKBONE ?= mini
 BIN := .venv/bin
 
-.PHONY: install reports lab test test-lowest bench train-mini train-rerankers train-heads notebooks hooks clean
+.PHONY: install reports lab test faults test-lowest bench train-mini train-rerankers train-heads notebooks hooks clean
 
 install: .venv/installed
 
@@ -26,6 +26,11 @@ lab: install
 # two processes; a test file stays in one of them, because its tests share what they prepare
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# all faults: the campaign with every byte of a small store changed, and 200 kills at random moments
+faults: install
+	PATCHIFY_FAULTS=all $(BIN)/python -m pytest -q tests/faults
+	$(BIN)/python tests/faults/kills.py --kills 200
 
 # the lowest versions that settings.ini allows, in an environment of its own; not part of CI
 test-lowest:

@@ -7,7 +7,7 @@ from pathlib import Path
 from patchify.pages.page import hardware
 
 HERE = Path(__file__).parent
-NAMES = [path.stem for path in sorted(HERE.glob("*.py")) if path.stem not in ("__init__", "__main__", "backbones", "gpu", "rates")]
+NAMES = [path.stem for path in sorted(HERE.glob("*.py")) if path.stem not in ("__init__", "__main__", "backbones", "gpu", "rates", "scale")]
 
 
 def _short(value: object) -> object:

@@ -7,16 +7,64 @@ __all__ = ['main']
 
 # %% ../nbs/80_cli.ipynb #c003
 import logging
+import os
 import signal
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+# %% ../nbs/80_cli.ipynb #s001
+def _is_importing(frame) -> bool:
+    "Whether a module is being imported, in any of the callers of a frame."
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _interrupt(number: int, frame) -> None:
+    "Ctrl-C and SIGTERM. An import can swallow an exception and keeps nothing, so that it ends at once."
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    if _is_importing(frame):
+        os.write(2, f"\npatchify: {word} before the work began\n".encode())
+        os._exit(130)
+    raise KeyboardInterrupt(f"{word}: finished work is kept")
+
+
+if Path(sys.argv[0]).stem == "patchify":  # the console script, from its first moment
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+# %% ../nbs/80_cli.ipynb #m005
 from .commands import evaluate, folders, report, rerank, scale, train  # noqa: F401, each adds its commands to the app
 from .commands.app import app
 
 # %% ../nbs/80_cli.ipynb #c006
-def _on_terminate(*_) -> None:
-    "SIGTERM ends a command like Ctrl-C."
-    raise KeyboardInterrupt("terminated: finished work is kept")
+def _set_handlers() -> Callable[[], None]:
+    "Handle Ctrl-C and SIGTERM; returns what restores the handlers of before."
+    try:
+        before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        return lambda: None  # not in the main thread: signals are handled elsewhere
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    return restore
+
+
+def _flush() -> int:
+    "Write out standard output. A closed pipe is no error, a full disk is."
+    try:
+        sys.stdout.flush()
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"patchify: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def main(
@@ -24,18 +72,17 @@ def main(
 ) -> int:  # the exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C
     "Run one command line."
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        before = signal.signal(signal.SIGTERM, _on_terminate)
-    except ValueError:
-        before = None  # not in the main thread: signals are handled elsewhere
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
+    restore = _set_handlers()
     try:
         app(arguments)
+        return _flush()
     except SystemExit as end:
-        return end.code or 0
-    except KeyboardInterrupt:
-        print("\npatchify: interrupted", file=sys.stderr)
+        return end.code or _flush()
+    except KeyboardInterrupt as error:
+        print(f"\npatchify: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-    return 0
+        restore()

@@ -20,8 +20,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from .plan import points_per_centroid
-from .search import ImageIndex, Part, SearchResult, as_blocks, as_gallery_ids, best_patches, block_images
-from .search import patch_scores, read_blocks
+from .search import GalleryBlocks, ImageIndex, Part, SearchResult, as_blocks, as_gallery_ids, best_patches
+from .search import block_images, patch_scores, read_blocks
 
 # %% ../nbs/core/15_compress.ipynb #c011
 def training_patches(
@@ -43,13 +43,14 @@ def training_patches(
 
 # %% ../nbs/core/15_compress.ipynb #c014
 def training_vectors(
-    blocks: list[np.ndarray],  # gallery blocks (n_i, P, D)
+    blocks: Sequence[np.ndarray],  # gallery blocks (n_i, P, D)
     patches: np.ndarray,  # (T,) from `training_patches`
     limit: int,  # vectors at most
     seed: int = 0,
 ) -> np.ndarray:  # (N, D) float32, N <= limit
     "Descriptors to train on: all, or an even random sample of `limit` where there are more."
-    starts = np.cumsum([0, *map(len, blocks)])
+    blocks = as_blocks(blocks)
+    starts = blocks.starts
     total = int(starts[-1]) * len(patches)
     n = min(total, limit)
     edges = np.arange(n + 1) * total // n
@@ -57,7 +58,7 @@ def training_vectors(
     image = chosen // len(patches)
     patch = patches[chosen % len(patches)]
     cuts = np.searchsorted(image, starts)
-    vectors = np.empty((n, blocks[0].shape[2]), np.float32)
+    vectors = np.empty((n, blocks.dim), np.float32)
     for block, start, first, last in zip(blocks, starts, cuts, cuts[1:]):
         vectors[first:last] = block[image[first:last] - start, patch[first:last]]
     return vectors
@@ -155,7 +156,7 @@ class CompressedIndex(ImageIndex):
         blocks = as_blocks(descriptors)
         self.index = None
         self.gallery_ids = np.zeros(0, np.int64)
-        self.n_patches, self.dim = blocks[0].shape[1:]
+        self.n_patches, self.dim = blocks.shapes[0][1:]
         patches = training_patches(levels, self.n_patches, self.train_level)
         index, needed = self.new_index(self.dim)
         per_list = self.points_per_centroid or points_per_centroid(needed)
@@ -186,14 +187,14 @@ class CompressedIndex(ImageIndex):
         self.gallery_ids = np.concatenate([self.gallery_ids, ids])
         return self
 
-    def _ids_to_add(self, blocks: list[np.ndarray], gallery_ids: np.ndarray | None) -> np.ndarray:
+    def _ids_to_add(self, blocks: GalleryBlocks, gallery_ids: np.ndarray | None) -> np.ndarray:
         "The gallery index of each image to add."
         if self.index is None:
             raise ValueError("the index has not been trained: call train first")
-        if blocks[0].shape[1:] != (self.n_patches, self.dim):
+        if blocks.shapes[0][1:] != (self.n_patches, self.dim):
             raise ValueError(f"descriptors must have (patches, dim) = {(self.n_patches, self.dim)} "
-                             f"like those trained on, got {tuple(blocks[0].shape[1:])}")
-        n = sum(map(len, blocks))
+                             f"like those trained on, got {blocks.shapes[0][1:]}")
+        n = blocks.n_images
         first = int(self.gallery_ids[-1]) + 1 if len(self) else 0
         ids = as_gallery_ids(first + np.arange(n) if gallery_ids is None else gallery_ids, n)
         if ids[0] < first:

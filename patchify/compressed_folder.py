@@ -62,7 +62,9 @@ def choose_index(
         reason = f"{format_bytes(plan.store_bytes)} of descriptors fit into memory"
     else:
         reason = f"{format_bytes(plan.store_bytes)} of descriptors are too many for exact search"
-    return IndexChoice(plan.kind, plan.new_index(), reason)
+    from patchify.indexfiles import planned_index
+
+    return IndexChoice(plan.kind, planned_index(plan), reason)
 
 # %% ../nbs/core/26_compressed_folder.ipynb #c012
 def open_codes(

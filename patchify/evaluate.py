@@ -23,7 +23,7 @@ from .localization import location_overlaps, locscores
 from .refine import rescore
 from .retrieval_set import Protocol, RetrievalSet
 from .scoring import Places, Ranking, protocol_report, rank_gallery
-from .search import ExactIndex, ImageIndex, SearchResult
+from .search import ExactIndex, ImageIndex, SearchResult, as_blocks
 from .statistics import summarize
 from .extraction import extract
 from .store import Store
@@ -142,7 +142,7 @@ def rank(
     else:
         patch_rows = np.flatnonzero(levels <= (levels.max() if level is None else level))
     part = slice(patch_rows[0], patch_rows[-1] + 1)
-    blocks = [block[:, part] for block in described.gallery.descriptors()]
+    blocks = as_blocks(described.gallery.descriptors()).select(part)
     built = index(blocks, described.gallery.rows)
     started = time.perf_counter()
     ranking = rank_gallery(described.benchmark, described.queries, built)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .boxes import Regions
 from .files import atomic_write, cache_key, checksum, file_checksum
 from .images import open_image, split_member
+from .messages import Progress
 from .pyramid import cut_patches, placement, pool_regions
 from .store import (FAILURE_COLUMNS, FORMAT, SHARD_COLUMNS, DamagedStore, Store, map_descriptors, read_manifest,
                             read_patches, shard_files, write_manifest, write_shard)
@@ -216,38 +217,18 @@ def _only_writer(out: Path) -> Iterator[None]:
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_current = path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
         except OSError:
+            is_current = False  # another process holds it, or has just removed it
+        if not is_current:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise ValueError(f"{out} is being written by process {holder}: wait until it is done") from None
+            raise ValueError(f"{out} is being written by process {holder}: wait until it is done")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
         path.unlink(missing_ok=True)
-
-
-class _Progress(tqdm):
-    "A progress bar; without a terminal, a line every 30 seconds instead."
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.length = options["total"]  # tqdm keeps neither when it is disabled
-        self.start = options["initial"]
-        self.started = self.reported = time.monotonic()
-        self.done = 0
-
-    def update(self, n: int = 1) -> None:
-        super().update(n)
-        self.done += n
-        now = time.monotonic()
-        if self.disable and now - self.reported >= 30:
-            self.reported = now
-            rate = self.done / (now - self.started)
-            position = self.start + self.done
-            left = (self.length - position) / rate
-            line = f"{position} of {self.length} images, {rate:.3g} per second, about {left / 60:.0f} minutes left"
-            print(line, file=sys.stderr, flush=True)
 
 
 _OWN_FILES = re.compile(
@@ -419,7 +400,7 @@ class Extraction:
             return _cut_image(os.path.join(self.root, files[row]), boxes[row], self.encoder, self.regions)
 
         pool = ThreadPoolExecutor(workers)
-        bar = _Progress(total=len(self.table), initial=len(self.table) - remaining, unit="image", disable=None)
+        bar = Progress(label="encoding", unit="image", total=len(self.table), initial=len(self.table) - remaining)
         try:
             depth = workers + max(1, batch // self.regions.count)
             cuts = _ahead(pool, cut, chain.from_iterable(rows.values()), depth)
@@ -429,7 +410,7 @@ class Extraction:
             pool.shutdown(cancel_futures=True)
             bar.close()
 
-    def _write_one(self, shard: int, described: Iterator, bar: tqdm) -> None:
+    def _write_one(self, shard: int, described: Iterator, bar: Progress) -> None:
         "Collect the descriptors of one shard and write it."
         rows, boxes, blocks, failures = [], [], [], []
         for row, cut, descriptors in described:

@@ -132,8 +132,8 @@ class FlatIndex(ImageIndex):
         gallery_ids: np.ndarray | None = None,  # (n,) rising gallery indices, None = 0..n-1
     ):
         blocks = as_blocks(descriptors)
-        self.gallery_ids = as_gallery_ids(gallery_ids, sum(map(len, blocks)))
-        self.n_patches, self.dim = blocks[0].shape[1:]
+        self.gallery_ids = as_gallery_ids(gallery_ids, blocks.n_images)
+        self.n_patches, self.dim = blocks.shapes[0][1:]
         self.index = faiss.IndexFlatIP(self.dim)
         for piece in read_blocks(blocks, max(1, 2**22 // (self.n_patches * self.dim))):
             self.index.add(piece.flatten(0, 1).numpy())

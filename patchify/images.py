@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'MAX_MEMBER_BYTES', 'MAX_PIXELS', 'IMAGE_SUFFIXES', 'TEXT_SUFFIXES', 'COMPRESSED_TAR', 'pixel_limit',
-           'split_member', 'open_image', 'image_size', 'find_images']
+           'split_member', 'open_image', 'image_size', 'check_folder', 'find_images']
 
 # %% ../nbs/core/01_images.ipynb #c003
 import io
@@ -51,9 +51,18 @@ def _check_pixels(image: Image.Image, limit: int) -> None:
         raise Image.DecompressionBombError
 
 
-@lru_cache(maxsize=256)
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
-    "Offset and length of each file in an uncompressed tar, without sparse members."
+    "Offset and length of each file in an uncompressed tar, without sparse members; read again when the tar has changed."
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    return _list_members(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _list_members(path: Path, size: int, changed: int) -> dict[str, tuple[int, int]]:
+    "The same for a tar of this size and time."
     try:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar if member.isfile() and not member.issparse()]
@@ -227,6 +236,18 @@ def _tar_images(path: Path, relative: str) -> Iterator[tuple[str, str]]:
     for member in members:
         if Path(member).suffix.lower() in IMAGE_SUFFIXES and _in_unicode(member):
             yield f"{path.name}/{os.path.splitext(member)[0]}", f"{relative}::{member}"
+
+
+def check_folder(
+    folder: str | Path,  # what a user typed
+) -> Path:  # the same
+    "Raise ValueError if a folder is missing, a file, or a URL."
+    refuse_url(folder)
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = f"{printable(folder)} is a file: a folder of images is needed"
+        raise ValueError(problem if folder.exists() else f"no such folder: {printable(folder)}")
+    return folder
 
 
 def find_images(

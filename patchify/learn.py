@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .files import atomic_write, load_strict, read_metadata
+from .files import RunningChecksum, atomic_write, load_strict, read_metadata
+from .messages import Progress
 
 # %% ../nbs/core/23_learn.ipynb #c008
 @dataclass(frozen=True)
@@ -105,22 +106,46 @@ def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, avera
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    content = save({name: value.contiguous().cpu() for name, value in tensors.items()},
-                   metadata={"plan": json.dumps(_describe_run(plan, settings))})
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    text = json.dumps(_describe_run(plan, settings))
+    content = save(tensors, metadata={"plan": text, "checksum": _content_checksum(tensors, text)})
     atomic_write(path, lambda file: file.write(content))
+
+
+def _content_checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    "Checksum of the plan and of all names, types, shapes and values."
+    running = RunningChecksum()
+    running.update(text.encode())
+    for name, value in sorted(tensors.items()):
+        running.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        running.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return running.hexdigest()
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
+    "The tensors and the plan of a checkpoint. Raises ValueError with a remedy for one that is damaged."
+    try:
+        metadata = read_metadata(path)
+        tensors = load_file(path)
+        text = metadata.get("plan", "{}")
+        if metadata.get("checksum") == _content_checksum(tensors, text):
+            return tensors, json.loads(text)
+    except (ValueError, OSError, SafetensorError, KeyError, RuntimeError):
+        pass
+    raise ValueError(f"{path} is damaged or no checkpoint of a training: delete it to start the training again")
 
 
 def _resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict, plan: TrainingPlan,
             settings: Mapping) -> list[float]:
     "Fill module, optimiser and averages from a checkpoint of the same run; the losses so far."
     defaults = {field.name: field.default for field in fields(plan) if field.default is not MISSING}
-    saved = json.loads(json.dumps(defaults)) | json.loads(read_metadata(path).get("plan", "{}"))
+    tensors, recorded = _read_checkpoint(path)
+    saved = json.loads(json.dumps(defaults)) | recorded
     for name, value in _describe_run(plan, settings).items():
         if saved.get(name) != value:
             raise ValueError(f"{path} was trained with {name} = {saved.get(name)}, this run asks for {value}: "
                              "choose another checkpoint file")
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-    tensors = load_file(path)
     losses = tensors.pop("losses").tolist()
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
@@ -154,7 +179,7 @@ def train(
     losses = _resume(path, module, optimizer, average, plan, settings) if resumed else []
     last = min(plan.steps, stop or plan.steps)
     steps = range(len(losses), last)
-    for step in tqdm(steps, "training", initial=len(losses), total=plan.steps, unit="step", disable=None):
+    for step in Progress(steps, "training", unit="step", total=plan.steps, initial=len(losses)):
         for group in optimizer.param_groups:
             group.update(plan.options(step))
         losses.append(_step(module, optimizer, loss_of, plan, step))

@@ -13,10 +13,7 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # importing FAISS takes long
-    from patchify.compress import CompressedIndex
 
 # %% ../nbs/core/24_plan.ipynb #c009
 _PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
@@ -55,7 +52,7 @@ MANY_LISTS = 16_384
 def points_per_centroid(
     n_centroids: int,  # inverted lists, or codewords if there are more of them
 ) -> int:
-    "Training descriptors per centroid: 256, which FAISS recommends at most, or 50 where those would not fit into memory."
+    "Training descriptors per centroid: 256, as in FAISS, or 50 where those would not fit into memory."
     return 50 if n_centroids > MANY_LISTS else 256
 
 
@@ -109,17 +106,6 @@ class IndexPlan:
         "Whether searching at full speed and training stay within the memory."
         training = 0 if self.kind == "exact" else self.training_bytes
         return max(self.search_bytes, training) <= SHARE * self.memory
-
-    def new_index(self) -> "CompressedIndex | None":
-        "An untrained index with these settings; None for exact search, which has none."
-        if self.kind == "exact":
-            return None
-        from patchify.compress import PQIndex
-        from patchify.ivf import IVFPQIndex
-
-        if self.kind == "pq":
-            return PQIndex(self.n_subvectors, self.n_bits)
-        return IVFPQIndex(self.n_subvectors, self.n_bits, n_lists=self.n_lists, n_probe=self.n_probe)
 
     def __str__(self) -> str:
         what = f"{self.n_images:,} images x {self.patches} x {self.dim}-d"
@@ -264,13 +250,15 @@ def plan_problems(
     if search > room:
         alternatives = [f"{-(-plan.search_bytes // int(room))} machines that search a part each"]
         alternatives.append(f"{format_bytes(plan.search_bytes / SHARE)} of memory")
-        fewer = [level for level, patches in enumerate((1, 5, 14, 30)) if patches < plan.patches and _fits(plan, patches)]
+        levels = [(level, patches) for level, patches in enumerate((1, 5, 14, 30)) if patches < plan.patches]
+        fewer = [level for level, patches in levels if _fits(plan, patches)]
         if fewer:
             alternatives.append(f"pyramid level {fewer[-1]}")
         if plan.kind == "exact":
             alternatives.append("an IVF-PQ index")
-        slow = "searching from disk works, but slowly"
-        problems.append(f"search needs {format_bytes(search)}, {available}; {slow}. It fits with {' or '.join(alternatives)}")
+        remedy = f"It fits with {' or '.join(alternatives)}"
+        problem = f"search needs {format_bytes(search)}, {available}; searching from disk works, but slowly"
+        problems.append(f"{problem}. {remedy}")
     return problems
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .search import ExactIndex, SearchResult, as_blocks, as_gallery_ids
+from .search import ExactIndex, GalleryBlocks, SearchResult, as_blocks, as_gallery_ids
 
 # %% ../nbs/core/13_refine.ipynb #new3148d
 def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -24,13 +24,13 @@ def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _exact_scores(
-    blocks: list[np.ndarray],
+    blocks: GalleryBlocks,
     rows: np.ndarray,  # (T,) images
     queries: np.ndarray,  # (Q, D)
     query: np.ndarray,  # (T,) the query of each image
 ) -> tuple[np.ndarray, np.ndarray]:  # (T,) best score, (T,) its patch
     "Score each image for its query. Reads the images in their order on disk."
-    n_patches, dim = blocks[0].shape[1:]
+    n_patches, dim = blocks.shapes[0][1:]
     scores = np.empty(len(rows), np.float32)
     patches = np.empty(len(rows), np.int64)
     by_row = np.argsort(rows, kind="stable")
@@ -45,11 +45,11 @@ def _exact_scores(
     return scores, patches
 
 
-def _read_rows(blocks: list[np.ndarray], rows: np.ndarray, patches: np.ndarray | None = None) -> np.ndarray:
+def _read_rows(blocks: GalleryBlocks, rows: np.ndarray, patches: np.ndarray | None = None) -> np.ndarray:
     "Descriptors of some images, (T, P, D), or of one patch of each, (T, D): float32."
-    starts = np.cumsum([0, *map(len, blocks)])
+    starts = blocks.starts
     owner = np.searchsorted(starts, rows, side="right") - 1
-    found = np.empty((len(rows), *blocks[0].shape[1 if patches is None else 2:]), np.float32)
+    found = np.empty((len(rows), *blocks.shapes[0][1 if patches is None else 2:]), np.float32)
     for block in np.unique(owner):
         here = owner == block
         local = rows[here] - starts[block]
@@ -78,7 +78,7 @@ def rescore(
     if n < 1:
         raise ValueError(f"n, the number of images to rescore, must be at least 1, got {n}")
     blocks = as_blocks(descriptors)
-    ids = as_gallery_ids(gallery_ids, sum(map(len, blocks)))
+    ids = as_gallery_ids(gallery_ids, blocks.n_images)
     scores = result.scores.copy()
     patches = result.patch_ids.copy()
     query, column = np.nonzero((result.ranks[:, :n] >= 0) & np.isfinite(result.scores[:, :n]))

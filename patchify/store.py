@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .boxes import Regions
-from .files import atomic_write, checksum, file_checksum
+from .files import atomic_write, checksum
 
 # %% ../nbs/core/05_store.ipynb #c013
 FORMAT = 2  # of the files; a store of another format is refused
@@ -122,8 +122,8 @@ def map_descriptors(
 ) -> np.memmap:  # (n * P, D)
     "The descriptors of a shard as a memory map, verified."
     try:
-        if expected is None or file_checksum(path) == expected:
-            content = np.memmap(path, np.uint8, mode="r")
+        content = np.memmap(path, np.uint8, mode="r")
+        if expected is None or checksum(content) == expected:
             start = io.BytesIO(content[:1024].tobytes())
             np.lib.format.read_magic(start)
             shape, _, dtype = np.lib.format.read_array_header_1_0(start)
@@ -315,6 +315,8 @@ class Store:
 class DescriptorBlocks(Sequence):
     "The descriptors of a store, block by block, each (n_i, P, D). A block is opened when it is indexed."
 
+    open_maps = 256  # memory maps that stay open; each holds a file handle
+
     def __init__(
         self,
         store: Store,
@@ -322,6 +324,7 @@ class DescriptorBlocks(Sequence):
     ):
         self.store = store
         self.patches = patches
+        self._maps = {}  # of the shards used last
         self.numbers = [shard for shard, count in enumerate(store.counts) if count]
 
     @property
@@ -337,7 +340,12 @@ class DescriptorBlocks(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
-        return self.store.map_shard(self.numbers[i])[:, : self.patches]
+        shard = self.numbers[i]
+        if shard not in self._maps:
+            while len(self._maps) >= self.open_maps:
+                self._maps.pop(next(iter(self._maps)))
+            self._maps[shard] = self.store.map_shard(shard)
+        return self._maps[shard][:, : self.patches]
 
 # %% ../nbs/core/05_store.ipynb #c027
 def _check_shard(store: Store, shard: int) -> Iterable[str]:

@@ -23,7 +23,7 @@ def tiny(data):
 
 def test_same_seed_same_bytes_in_other_processes(tiny, tmp_path):
     tasks = mini._list_tasks(tmp_path, 6, 0, "tiny")[::6]
-    mini._run(tasks, workers=2)
+    list(mini._run(tasks, workers=2))
     assert len(tasks) == 7 and {task[0] for task in tasks} == {"query", "pos", "distractor"}
     for name, content in files(tmp_path).items():
         assert content == (tiny / name).read_bytes()
@@ -106,7 +106,7 @@ def test_as_many_processes_as_cores_are_allowed(tmp_path, monkeypatch):
     class Enough(Exception):
         "No need to draw anything."
 
-    def start(tasks, workers):
+    def start(tasks, workers, done):
         assert workers == 2
         raise Enough
 

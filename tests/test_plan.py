@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from patchify.compress import memory
+from patchify.indexfiles import planned_index
 from patchify.plan import format_bytes, parse_bytes, plan_index, plan_problems, plan_steps, read_rates
 
 
@@ -14,7 +15,7 @@ def test_the_recommended_index_can_be_trained_and_has_the_predicted_size(n_image
     plan = plan_index(n_images, dim, patches=patches, kind=kind)
     if plan.vectors < 2:
         return
-    index = plan.new_index().train(gallery).add(gallery)
+    index = planned_index(plan).train(gallery).add(gallery)
     assert memory(index).total == plan.index_bytes
     assert index.search(gallery[:1, 0], 1).ranks.shape == (1, 1)
 
@@ -30,7 +31,7 @@ def test_small_collections_are_searched_exactly():
     assert plan_index(1000, 64, 10**9).kind == "exact"
     assert plan_index(1000, 1024, 10**8).kind == "ivfpq", "61 MB are more than half of the memory"
     assert plan_index(10**7, 1024, 10**13).kind == "ivfpq", "a query would read 600 GB"
-    assert plan_index(1000, 64, 10**9).new_index() is None
+    assert planned_index(plan_index(1000, 64, 10**9)) is None
 
 
 @pytest.mark.parametrize("size", [1, 999, 1000, 64 * 10**9, 999_600, 25 * 10**11])

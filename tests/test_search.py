@@ -1,4 +1,5 @@
 """Exact search against the slow, obvious version, over awkward sizes and awkward inputs."""
+import itertools
 import warnings
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_shards_change_no_bit_and_batches_only_rounding(n, n_patches, dim, n_que
     shards = np.split(gallery, sorted(min(c, n) for c in cuts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PENDING", pending)
+        patch.setattr(module, "SORTED_AT_ONCE", pending)
         patch.setattr(module, "block_images", lambda *_: images)
         whole, pieces = (ExactIndex(blocks, device="cpu").search(queries, 10) for blocks in (gallery, shards))
         if torch.backends.mkldnn.is_available():
@@ -306,7 +308,7 @@ def test_a_missing_operator_is_noticed(monkeypatch):
     assert module._onednn_linear() is None
 
 
-def test_memory_maps_are_read_in_place_and_checked_once(tmp_path, monkeypatch):
+def test_memory_maps_are_read_in_place(tmp_path):
     rng = np.random.default_rng(8)
     np.save(tmp_path / "g.npy", rng.normal(size=(40, 5, 16)).astype(np.float32))
     mapped = np.load(tmp_path / "g.npy", mmap_mode="r")
@@ -314,12 +316,54 @@ def test_memory_maps_are_read_in_place_and_checked_once(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         pieces = list(read_blocks([mapped], 15))
     assert [piece.data_ptr() for piece in pieces] == [mapped[first:].ctypes.data for first in (0, 15, 30)]
-    checks = []
-    monkeypatch.setattr(module, "read_blocks", lambda *a, check: checks.append(check) or read_blocks(*a, check=check))
-    index, queries = ExactIndex(mapped, device="cpu"), rng.normal(size=(3, 16))
-    first, second = index.search(queries), index.search(queries)
-    assert checks == [True, False]
-    assert_same(first, second)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("n_query", [1, 40])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_value_that_is_not_finite_escapes_the_check(dtype, n_query, value, monkeypatch):
+    "The check looks at scores of one query; here that query is zero where the descriptor is spoilt, or has the sign that hides it."
+    monkeypatch.setattr(module, "block_images", lambda *_: 7)
+    for image, sign in itertools.product((0, 13, 29), (-1, 0, 1)):
+        gallery, queries = made(30, 5, 8, n_query, 0)
+        gallery[image, 4, 3] = value
+        queries[:, 3] = sign
+        with pytest.raises(ValueError, match=f"gallery image {image} "):
+            ExactIndex(gallery.astype(dtype)).search(queries)
+
+
+def test_scores_may_overflow():
+    gallery = np.full((3, 2, 4), 1e30, np.float32)
+    assert ExactIndex(gallery).search(np.full((1, 4), 1e30, np.float32)).ranks.tolist() == [[0, 1, 2]]
+
+
+class LazyBlocks(list):
+    "Blocks that count how often each is opened."
+
+    def __init__(self, blocks):
+        super().__init__(blocks)
+        self.shapes = [block.shape for block in blocks]
+        self.opened = []
+
+    def __getitem__(self, i):
+        self.opened.append(i)
+        return super().__getitem__(i)
+
+    def __iter__(self):
+        raise AssertionError("all blocks were opened at once")
+
+
+def test_blocks_are_opened_when_they_are_read():
+    gallery, queries = made(60, 5, 8, 4, 0)
+    blocks = LazyBlocks(np.split(gallery, [3, 3, 20, 41]))
+    index = ExactIndex(blocks)
+    assert not blocks.opened and len(index) == 60
+    assert_same(index.search(queries), brute_force(gallery, queries))
+    assert blocks.opened == [0, 2, 3, 4], "each once, in order, and none that is empty"
+    blocks.opened.clear()
+    coarse = SearchResult(*(np.asarray(x)[None] for x in (np.float32([2, 1]), np.int64([45, 7]), np.int64([0, 0]))))
+    rescore(coarse, queries[:1], blocks, n=2)
+    assert blocks.opened == [2, 4], "only those of the listed images"
 
 
 def test_a_failed_check_is_repeated():

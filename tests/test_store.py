@@ -24,6 +24,7 @@ from patchify import store as module_store
 from patchify.boxes import REGION_KINDS, Regions
 from patchify.extraction import Extraction, extract, images_per_shard
 from patchify.files import atomic_write
+from patchify.search import ExactIndex
 from patchify.store import DamagedStore, Store, check_store, write_manifest
 
 
@@ -593,8 +594,8 @@ def test_shards_are_bounded_in_bytes_and_opened_lazily(photos, tmp_path, monkeyp
 def test_a_shard_is_verified_once_per_store(photos, tmp_path, monkeypatch):
     path = small_store(photos, tmp_path / "store").path
     verified = []
-    original = module_store.file_checksum
-    monkeypatch.setattr(module_store, "file_checksum", lambda path: verified.append(1) or original(path))
+    original = module_store.checksum
+    monkeypatch.setattr(module_store, "checksum", lambda content: (isinstance(content, np.memmap) and verified.append(1)) or original(content))
     store = Store.open(path)
     for _ in range(3):
         list(store.descriptors())
@@ -669,6 +670,25 @@ def test_a_million_descriptors_stay_below_two_gigabytes(tmp_path):
     ended = subprocess.run([sys.executable, "-c", MILLION, str(tmp_path / "store")], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) < 2000
+
+
+def test_file_handles_stay_bounded(photos, tmp_path, monkeypatch):
+    "A process may open 1,024 files; a store of 100 million images has 100,000 shards."
+    monkeypatch.setattr(module_store.DescriptorBlocks, "open_maps", 4)
+    store = Store.open(extract(photos, Colours(), Regions(level=1), tmp_path / "store", shard_size=1).path)
+    index = ExactIndex(store.descriptors(), store.rows, "cpu")
+
+    def handles():
+        return sum("descriptors-" in os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists())
+
+    most = []
+    original = module_store.map_descriptors
+    monkeypatch.setattr(module_store, "map_descriptors", lambda *a: most.append(handles()) or original(*a))
+    queries = np.eye(store.manifest["dim"], dtype=np.float32)[:3]
+    in_memory = ExactIndex(np.concatenate(store.descriptors()), store.rows, "cpu").search(queries)
+    most.clear()
+    assert (index.search(queries).ranks == in_memory.ranks).all()
+    assert len(most) == 20 and max(most) <= 6
 
 
 def test_a_checksum_that_looks_like_a_number_is_read_as_text(tmp_path):

@@ -7,6 +7,7 @@ __all__ = ['app', 'Backbone', 'Checkpoint', 'RandomWeights', 'Size', 'Aspect', '
            'Commands', 'check_target', 'check_choice', 'write_text']
 
 # %% ../../nbs/commands/80_app.ipynb #c003
+import errno
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,15 @@ import typer
 from typer.core import TyperGroup
 
 # %% ../../nbs/commands/80_app.ipynb #c006
+def _sentence(error: Exception) -> str:
+    "An error on one line, without control characters and error numbers."
+    from patchify.messages import printable
+
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return printable(f"{error.filename}: {error.strerror}")
+    return printable(error)
+
+
 class Commands(TyperGroup):
     "The commands; a mistake in the input is reported in one sentence."
 
@@ -26,8 +36,12 @@ class Commands(TyperGroup):
             # The interpreter flushes standard output once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        except (ValueError, OSError, ImportError) as error:
-            print(f"patchify: {error}", file=sys.stderr)
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC and not str(error).startswith("cannot write"):
+                # the interpreter flushes standard output once more, as above
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                error = OSError("cannot write to standard output: its disk is full")
+            print(f"patchify: {_sentence(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             print(f"\npatchify: {str(error) or 'interrupted'}", file=sys.stderr)

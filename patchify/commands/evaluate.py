@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AS_OPTIONS', 'INDEXES', 'RERANKERS', 'evaluate']
 
-# %% ../../nbs/commands/81_evaluate.ipynb #c002
+# %% ../../nbs/commands/81_evaluate.ipynb #m002
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from patchify.commands.app import (
 from .official import OFFICIAL, evaluate_features, evaluate_official, load_backbone
 
 if TYPE_CHECKING:
+    from patchify.boxes import Regions
     from patchify.compress import CompressedIndex
     from patchify.encoder import Encoder
     from patchify.evaluate import Described, Retrieval
@@ -118,9 +119,11 @@ def _index_builder(index: str, settings: "CompressedIndex | None", described: "D
 
     return build
 
-# %% ../../nbs/commands/81_evaluate.ipynb #c014
+# %% ../../nbs/commands/81_evaluate.ipynb #m014
 def _check_first_stage(index: str, rescore: int, adapt: Path | None, expand: int, rerank: str | None) -> None:
     "Refuse options of the first stage that do not go together."
+    if rescore and index in ("exact", "flat"):
+        raise ValueError(f"--rescore works with --index pq or ivfpq: the scores of {index} are exact already")
     if adapt and index not in ("exact", "flat"):
         raise ValueError(f"--adapt works with --index exact or flat, not with {index}")
     if expand and index != "exact":
@@ -130,6 +133,24 @@ def _check_first_stage(index: str, rescore: int, adapt: Path | None, expand: int
             raise ValueError(f"{option} cannot be combined with --rescore: the scores are exact already")
         if given and rerank:
             raise ValueError(f"{option} cannot be combined with --rerank")
+
+
+def _check_sizes(
+    settings: "CompressedIndex | None", encoder: "Encoder", scheme: "Regions", expand: int, benchmark: "RetrievalSet",
+    visualize: Path | None,
+) -> None:
+    "Refuse options that do not fit the encoder or the data set, before anything is encoded."
+    if expand > len(benchmark.gallery):
+        raise ValueError(f"--expand {expand}: each query ranks only {len(benchmark.gallery)} images")
+    if visualize and visualize.exists() and not visualize.is_dir():
+        raise ValueError(f"--visualize {visualize} is a file: name a folder")
+    if settings is None or scheme.kind == "pool":
+        return
+    if encoder.dim % settings.n_subvectors:
+        raise ValueError(f"--m must divide the dimension {encoder.dim}, got {settings.n_subvectors}")
+    highest = int(scheme.levels[-1])
+    if isinstance(settings.train_level, int) and not -2 <= settings.train_level <= max(highest, -1):
+        raise ValueError(f"--train-level must be -1, -2 or a level up to {highest}, got {settings.train_level}")
 
 
 def _check_text_options(
@@ -258,7 +279,7 @@ def _draw_results(run: "Retrieval", folder: Path, queries: int = 20) -> None:
         figure.savefig(folder / f"{query:04d}.png")
         plt.close(figure)
 
-# %% ../../nbs/commands/81_evaluate.ipynb #c020
+# %% ../../nbs/commands/81_evaluate.ipynb #m020
 RERANKERS = ("ames", "ames_binary", "locore", "ames_patches", "locore_patches")
 
 
@@ -382,6 +403,7 @@ def evaluate(
     reranker = Reranker.load(rerank, encoder, data, rerank_top_k) if rerank else None
     adapter = _load_adapter(adapt, encoder)
     benchmark = _with_cutoffs(load(dataset, data, protocol), cutoffs)
+    _check_sizes(settings, encoder, scheme, expand, benchmark, visualize)
     if text_encoder:
         described = describe_texts(benchmark, encoder, text_encoder, scheme, data / "stores", batch_size)
     else:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from patchify.pages.results import QueryHits
     from patchify.search import ImageIndex
 
-# %% ../../nbs/commands/82_folders.ipynb #c009
+# %% ../../nbs/commands/82_folders.ipynb #m009
 _KINDS = ("exact", "pq", "ivfpq", "auto")
 _INDEX_HELP = "how to search: exact, pq or ivfpq; auto: exact as long as it fits into memory; default: as before, or auto"
 
@@ -58,9 +58,13 @@ def index(
     from patchify.boxes import Regions
     from patchify.folder_index import index_folder
 
+    from patchify.messages import refuse_url
+
     regions = Regions("pyramid", level)
+    for path in (folder, out, checkpoint or ""):
+        refuse_url(path)
     if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
+        raise ValueError(f"{folder} is a file: name a folder" if folder.exists() else f"no such folder: {folder}")
     load = partial(load_backbone, backbone, checkpoint, random_weights, size, aspect, device)
     try:
         if part:
@@ -70,8 +74,9 @@ def index(
         else:
             found = index_folder(folder, out, load(), regions)
         finish_index(found, out, kind, regions.count)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted: the same command goes on where it stopped") from None
+    except KeyboardInterrupt as stop:
+        word = str(stop).partition(":")[0] or "interrupted"
+        raise KeyboardInterrupt(f"{word}: the same command goes on where it stopped") from None
 
 # %% ../../nbs/commands/82_folders.ipynb #c012
 def _parse_box(text: str | None, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -103,7 +108,7 @@ def _query_files(images: list[Path]) -> list[Path]:
         raise ValueError(f"no query images in {', '.join(map(str, images))}")
     return files
 
-# %% ../../nbs/commands/82_folders.ipynb #c014
+# %% ../../nbs/commands/82_folders.ipynb #m014
 @app.command()
 def search(
     directory: Annotated[Path, typer.Argument(help="what `patchify index` wrote")],
@@ -130,21 +135,32 @@ def search(
         raise ValueError(f"-k must be at least 1, got {k}")
     if per_image < 1:
         raise ValueError(f"--per-image must be at least 1, got {per_image}")
+    if min_score != min_score:
+        raise ValueError("--min-score nan: write a number")
     check_choice("--index", kind or "auto", _KINDS)
     from patchify.compressed_folder import open_searcher
     from patchify.folder_index import FolderIndex
     from patchify.images import open_image
+    from patchify.messages import refuse_url
     from patchify.pages.results import QueryHits, results_page
 
     if (text is None) == (not images):
         raise ValueError("name query images or a sentence with --text, one of the two")
+    refuse_url(directory)
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file: name the folder of an index")
     opened = FolderIndex.open(directory)
     searcher, choice = open_searcher(opened, kind)
     print(choice, file=sys.stderr)
 
     def answer(name, image, corners, query, encoder, alone):
         hits = _keep(opened, searcher, query, k, per_image, min_score)
-        hits = [_refined(opened, encoder, query[0], hit) for hit in hits[:refine]] + hits[refine:]
+        if refine:
+            outdated = opened.outdated(hit["path"] for hit in hits)
+            hits = [
+                hit if hit["path"] in outdated else _refined(opened, encoder, query[0], hit)
+                for hit in hits[:refine]
+            ] + hits[refine:]
         found = QueryHits(name, image, corners, hits)
         _print_hits(found, alone)
         return found
@@ -168,12 +184,25 @@ def search(
             corners = _parse_box(box, image.size)
             query = opened.describe(encoder, image, corners)
             queries.append(answer(str(file), image, corners, query, encoder, alone=len(files) == 1))
+    _report_outdated(opened, queries)
     if json_file:
         found = [query.hits for query in queries]
         write_text(json_file, json.dumps(found if len(found) > 1 else found[0], indent=1))
     if html_file:
         about = f"{opened.manifest['encoder']}, L{opened.regions.level}, {choice.kind} search over {len(opened)} images"
         write_text(html_file, results_page(queries, opened.folder, about))
+
+
+def _report_outdated(index: "FolderIndex", queries: list["QueryHits"]) -> None:
+    "Say which images have changed or gone since they were indexed."
+    from patchify.messages import printable
+
+    outdated = index.outdated(hit["path"] for query in queries for hit in query.hits)
+    if outdated:
+        others = f" and {len(outdated) - 1} more" if len(outdated) > 1 else ""
+        remedy = f"run `patchify index {index.folder} --out {index.path}` again"
+        message = f"{outdated[0]}{others} changed since the folder was indexed: {remedy}"
+        print(printable(message), file=sys.stderr)
 
 
 def _keep(
@@ -199,24 +228,27 @@ def _refined(index: "FolderIndex", encoder: "Encoder", query: "np.ndarray", hit:
 
 def _print_hits(query: "QueryHits", alone: bool) -> None:
     "The hits of one query as a small table, or as a line of JSON where there are several queries."
+    from patchify.messages import printable
+
     if not alone:
         print(json.dumps({"query": query.name, "hits": query.hits}))
         return
     for hit in query.hits:
         box = ",".join(f"{value:.0f}" for value in hit["box"])
-        print(f"{hit['score']:.3f}  {box:>20}  {hit['path']}")
+        print(f"{hit['score']:.3f}  {box:>20}  {printable(hit['path'])}")
 
-# %% ../../nbs/commands/82_folders.ipynb #c017
+# %% ../../nbs/commands/82_folders.ipynb #m019
 @app.command()
 def check(
     directory: Annotated[Path, typer.Argument(help="an index or a store")],
 ):
     "Verify all checksums of an index or a store."
+    if not directory.is_dir():
+        problem = f"{directory} is a file: name the folder of an index or a store"
+        raise ValueError(problem if directory.exists() else f"no such folder: {directory}")
     from patchify.folder_index import FolderIndex
     from patchify.store import check_store
 
-    if not directory.is_dir():
-        raise ValueError(f"no such folder: {directory}")
     is_index = any(any(directory.glob(name)) for name in ("images.parquet", "pending.parquet", "part-*"))
     if is_index:
         from patchify.compressed_folder import check_codes

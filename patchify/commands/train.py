@@ -19,7 +19,7 @@ train_app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 
-Products = Annotated[int, typer.Option(help="rendered products to learn from")]
+Products = Annotated[int, typer.Option(min=1, help="rendered products to learn from")]
 
 
 @train_app.command("encoder")
@@ -27,9 +27,11 @@ def train_encoder_command(
     out: Annotated[
         Path, typer.Option(help="folder of the checkpoint and of mini.safetensors")
     ] = Path("data/train-mini"),
-    steps: Annotated[Optional[int], typer.Option(help="optimiser steps; default: those of the shipped encoder")] = None,
+    steps: Annotated[
+        Optional[int], typer.Option(min=1, help="optimiser steps; default: those of the shipped encoder")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
-    workers: Annotated[int, typer.Option(help="rendering processes")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="rendering processes")] = 1,
     ablation: Annotated[Optional[Path], typer.Option(help="train the short variants instead, into this csv")] = None,
     device: Device = None,
 ):
@@ -52,7 +54,7 @@ def train_heads_command(
     backbone: Backbone = "mini",
     checkpoint: Checkpoint = None,
     products: Products = 300,
-    steps: Annotated[int, typer.Option(help="optimiser steps of every network")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps of every network")] = 400,
     device: Device = None,
     data: Data = Path("data"),
 ):
@@ -68,7 +70,7 @@ def train_rerankers_command(
     backbone: Backbone = "mini",
     checkpoint: Checkpoint = None,
     products: Products = 300,
-    steps: Annotated[int, typer.Option(help="optimiser steps of AMES; LOCORE takes five eighths")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps of AMES; LOCORE takes five eighths")] = 400,
     device: Device = None,
     data: Data = Path("data"),
 ):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .landmarks import landmark_path
-from .lists import as_numbers, read_fields, read_mat, read_records, unique_rows
+from .lists import as_box, as_whole_number, read_fields, read_mat, read_records, unique_rows
 from ..retrieval_set import PROTOCOLS, RetrievalSet
 
 # %% ../../nbs/data/22_classes.ipynb #c008
@@ -91,9 +91,9 @@ def _cub_boxes(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     boxes = {}
-    for line, (number, *values) in read_fields(path, ("image number", "x", "y", "width", "height")):
-        x, y, width, height = as_numbers(path, line, values)
-        boxes[number] = np.array([x, y, x + width, y + height], np.float32)
+    rows = read_fields(path, ("image number", "x", "y", "width", "height"))
+    for line, (number, *values) in unique_rows(path, rows):
+        boxes[number] = as_box(path, line, values, sizes=True)
     return boxes
 
 
@@ -104,7 +104,7 @@ def _cub_classes(root: Path, paths: dict[str, list[str]]) -> dict[str, int]:
         return {number: _class_of_folder(root, image) for number, (image,) in paths.items()}
     classes = {}
     for line, values in unique_rows(path, read_fields(path, ("image number", "class"))):
-        classes[values[0]] = int(as_numbers(path, line, values[1:])[0])
+        classes[values[0]] = as_whole_number(path, line, values[1])
     missing = [number for number in paths if number not in classes]
     if missing:
         raise ValueError(f"{root / 'images.txt'}: image {missing[0]!r} has no class in {path.name}")
@@ -131,6 +131,8 @@ def load_cub(
     "CUB-200-2011 with the split of metric learning: the first half of the classes trains, the second tests."
     root = _locate(folder, "images.txt")
     paths = _numbered(root / "images.txt", "path")
+    if not paths:
+        raise ValueError(f"{root / 'images.txt'} is empty: expected an image number and a path in every line")
     classes = _cub_classes(root, paths)
     boxes = _cub_boxes(root / "bounding_boxes.txt")
     half = _last_training_class(classes.values(), 100)
@@ -191,7 +193,16 @@ def load_sop(
         path = root / f"Ebay_{part}.txt"
         fields = read_fields(path, ("image number", "class", "super class", "path"), skip=1)
         rows += [(image, label, part, None) for _, (_, label, _, image) in unique_rows(path, fields, key=3)]
+    _check_disjoint(root / "Ebay_test.txt", [row[0] for row in rows])
     return LabelledSet("sop", root, _table(rows))
+
+
+def _check_disjoint(path: Path, images: list[str]) -> None:
+    "Raise ValueError if an image occurs twice in the lists that end with this one."
+    repeated = pd.Series(images, dtype=object)
+    repeated = repeated[repeated.duplicated()]
+    if len(repeated):
+        raise ValueError(f"{path}: {repeated.iloc[0]!r} is listed twice")
 
 
 _PARTITIONS = ("Eval/list_eval_partition.txt", "Anno/list_eval_partition.txt", "list_eval_partition.txt")
@@ -203,8 +214,8 @@ def _inshop_boxes(root: Path) -> dict[str, np.ndarray]:
     boxes = {}
     for path in found[:1]:
         fields = ("image", "type", "pose", "x1", "y1", "x2", "y2")
-        for line, (name, _, _, *corners) in read_fields(path, fields, skip=2):
-            boxes[name] = np.array(as_numbers(path, line, corners), np.float32)
+        for line, (name, _, _, *corners) in unique_rows(path, read_fields(path, fields, skip=2)):
+            boxes[name] = as_box(path, line, corners)
     return boxes
 
 
@@ -233,4 +244,5 @@ def load_gldv2_train(
     rows = []
     for _, (label, names) in records:
         rows += [(landmark_path("train", name), label, "train", None) for name in names.split()]
+    _check_disjoint(root / "train_clean.csv", [Path(row[0]).stem for row in rows])
     return LabelledSet("gldv2", root, _table(rows))

@@ -6,7 +6,7 @@
 __all__ = ['read_boxes', 'read_ids', 'read_taxonomy', 'load_ilias', 'load_ilias_core', 'load_ilias_mini', 'read_text_queries',
            'load_ilias_text', 'load_folder']
 
-# %% ../../nbs/data/20_folders.ipynb #c003
+# %% ../../nbs/data/20_folders.ipynb #m003
 import json
 import os
 import sys
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .lists import as_numbers, read_lines
-from ..images import IMAGE_SUFFIXES, find_images, image_size
+from ..images import IMAGE_SUFFIXES, check_folder, find_images, image_size
 from ..retrieval_set import RetrievalSet
 
 # %% ../../nbs/data/20_folders.ipynb #c008
@@ -80,12 +80,19 @@ def read_taxonomy(
         for category, middle in json.loads(file.read_text(encoding="utf-8-sig")).items():
             for subcategory, leaves in middle.items():
                 for names in leaves.values():
-                    known |= {name: (category, f"{category}-{subcategory}") for name in _texts(names)}
-    except (ValueError, AttributeError, TypeError) as error:
+                    _add_instances(known, _texts(names), category, f"{category}-{subcategory}")
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         reason = f": {error}" if isinstance(error, ValueError) else ""
         expected = "category -> subcategory -> kind -> list of instances"
         raise ValueError(f"{file} is not a taxonomy, {expected}{reason}") from None
     return known
+
+
+def _add_instances(known: dict, names: list[str], category: str, subcategory: str) -> None:
+    "Add the instances of one kind; none may be in two categories."
+    for name in names:
+        if known.setdefault(name, (category, subcategory)) != (category, subcategory):
+            raise ValueError(f"{name!r} is listed twice, in {known[name][1]} and {subcategory}")
 
 
 def _texts(names: object) -> list[str]:
@@ -100,7 +107,9 @@ def _core_side(core: Path, images: list[str], side: str, listed: dict | None, dr
     found = dict.fromkeys(image_id for image_id in images if Path(image_id).parts[1:-1] == (side,))
     for image_id in listed or {}:
         if image_id not in found:
-            raise ValueError(f"{image_id} is in the image_ids of {core.parent}, but there is no such file in {core}")
+            listing = {"query": "image_query_ids.txt", "pos": "positive_ids.txt"}[side]
+            file = core.parent / "image_ids" / listing
+            raise ValueError(f"{file} lists {image_id}, but there is no such file in {core}")
     rows = []
     for image_id in found if listed is None else listed:
         box_file = (core / image_id).with_name(Path(image_id).stem + "_bbox.txt")
@@ -122,9 +131,7 @@ def load_ilias(
     distractors: str = "all",  # all: those on disk; mini: those of mini_ilias_yfcc100m_ids.txt; none
 ) -> RetrievalSet:
     "Read a data set in ILIAS layout. Raises ValueError naming the file, and the line, of what is wrong."
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
+    folder = check_folder(folder)
     if distractors not in ("all", "mini", "none"):
         raise ValueError(f"distractors must be all, mini or none, got {distractors!r}")
     core = folder / "ilias_core" if (folder / "ilias_core").is_dir() else folder
@@ -186,7 +193,7 @@ def load_ilias_mini(folder: str | Path) -> RetrievalSet:
     "ILIAS with the five million distractors of its mini list: what `ilias-mini:DIR` loads."
     return load_ilias(folder, distractors="mini")
 
-# %% ../../nbs/data/20_folders.ipynb #c020
+# %% ../../nbs/data/20_folders.ipynb #m020
 def read_text_queries(
     folder: str | Path,  # the folder that holds ilias_core/, or ilias_core itself
 ) -> dict[str, str]:  # id -> text, by instance
@@ -198,7 +205,7 @@ def read_text_queries(
     texts = {}
     for text_id in read_ids(listed) if listed.exists() else found:
         if text_id not in found:
-            raise ValueError(f"{text_id} is in {listed}, but there is no such file in {core}")
+            raise ValueError(f"{listed} lists {text_id}, but there is no such file in {core}")
         content = (core / text_id).read_bytes()
         try:
             texts[text_id] = content.decode("utf-8-sig")
@@ -228,9 +235,7 @@ def load_folder(
     folder: str | Path,  # searched recursively
 ) -> RetrievalSet:  # with an empty query table
     "Any folder of images as a gallery without queries."
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
+    folder = check_folder(folder)
     found = list(find_images(folder))
     if not found:
         raise ValueError(f"no images in {folder}: looked for {', '.join(sorted(IMAGE_SUFFIXES))} and .tar files")

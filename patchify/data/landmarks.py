@@ -184,7 +184,10 @@ def _from_solution(root: Path, usage: str | None) -> RetrievalSet:
     rows_of = {name: row for row, name in enumerate(_names(root / "index.csv", "id", names))}
     records = []
     unknown = 0
-    for _, (name, images, part) in read_records(root / "retrieval_solution_v2.1.csv", ["id", "images", "Usage"]):
+    solution = root / "retrieval_solution_v2.1.csv"
+    for line, (name, images, part) in read_records(solution, ["id", "images", "Usage"]):
+        if part not in ("Public", "Private", "Ignored"):
+            raise ValueError(f"{solution}, line {line}: expected Public, Private or Ignored, got {part!r}")
         if part == "Ignored" or usage not in (None, part):
             continue
         rows = [rows_of[image] for image in images.split() if image in rows_of]

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..files import suggest
+from ..messages import refuse_url
 from ..retrieval_set import RetrievalSet
 
 # %% ../../nbs/data/21_registry.ipynb #c008
@@ -54,6 +55,7 @@ def load(
     makes_data = LOADERS[kind].startswith("synthetic.")
     if not folder and (colon or not makes_data):
         raise ValueError(f"data set {dataset!r} needs a folder: write {kind}:DIR")
+    refuse_url(folder)
     found = _loader(kind)(folder if colon else data)
     benchmark = found.retrieval() if hasattr(found, "retrieval") else found
     return benchmark if protocol is None else benchmark.under(protocol)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.classes import LabelledSet
 from .network import DescriptorNet, IMAGE_SCALES, limit_size
@@ -24,6 +23,7 @@ from .token import ArcFace
 from .views import draw_views, parallel_map, render_views
 from ..images import open_image
 from ..learn import TrainingPlan, train
+from ..messages import Progress
 from ..retrieval_set import RetrievalSet
 from ..scoring import evaluate_descriptors
 
@@ -175,7 +175,7 @@ def photo_descriptors(
     device = next(net.parameters(), torch.empty(0)).device
     described = []
     rows = zip(crops["file"], crops["box"])
-    for file, box in tqdm(rows, "describing", total=len(crops), unit="image", disable=None):
+    for file, box in Progress(rows, "describing", total=len(crops), unit="image"):
         corners = None if box is None else tuple(map(float, box))
         pixels = np.array(limit_size(open_image(file), corners, longest))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device) / 255

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from .views import centre_view, parallel_map
 from ..encoder import Encoder
 from ..images import open_image
+from ..messages import Progress
 from ..retrieval_set import RetrievalSet
 from ..scoring import evaluate_descriptors
 
@@ -138,7 +138,7 @@ def evaluate_asymmetric(
 
     def describe(encoder: Callable, paths: list[str], size: int) -> np.ndarray:
         described = []
-        for start in tqdm(range(0, len(paths), batch), f"describing at {size} px", disable=None):
+        for start in Progress(range(0, len(paths), batch), f"describing at {size} px", unit="batch"):
             files = [benchmark.file(path) for path in paths[start : start + batch]]
             views = parallel_map(lambda file: centre_view(open_image(file), size), files)
             with torch.no_grad():

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..images import open_image
+from ..messages import printable
 
 # %% ../../nbs/pages/77_results.ipynb #c008
 OUTLINE = "#F0E442"
@@ -61,7 +62,7 @@ class QueryHits:
 
 def _card(hit: dict, place: int, folder: Path, query: str) -> str:
     "The card of one hit."
-    path = html.escape(hit["path"])
+    path = html.escape(printable(hit["path"]))
     file = folder / hit["path"].partition("::")[0]
     own = " <em>the query itself</em>" if Path(query).resolve() == file.resolve() else ""
     try:
@@ -130,13 +131,13 @@ def results_page(
     for query in queries:
         cards = [_card(hit, place, Path(folder), query.name) for place, hit in enumerate(query.hits, 1)]
         sections.append(
-            f"<section><h2>{html.escape(query.name)}{_box_text(query)}</h2>{_query_picture(query)}"
+            f"<section><h2>{html.escape(printable(query.name))}{_box_text(query)}</h2>{_query_picture(query)}"
             f'<ol class="hits">{"".join(cards)}</ol></section>'
         )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Search results</title><style>{PAGE_STYLE}</style><h1>Search results</h1>"
-        f'<p class="soft">{html.escape(about)}. '
+        f'<p class="soft">{html.escape(printable(about))}. '
         "The yellow frame marks the region that matched; it is enlarged beside the image.</p>"
         f'{"".join(sections)}</html>\n'
     )

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..encoder import Encoder
 from ..images import open_image
 from ..learn import TrainingPlan, train
+from ..messages import Progress
 from ..pyramid import cut_patches
 from .shortlist import Descriptors
 
@@ -113,7 +113,7 @@ def local_sets(
     sides = sides or (encoder.size,)
     boxes = boxes if boxes is not None else [None] * len(files)
     parts = []
-    for start in tqdm(range(0, len(files), batch), "local descriptors", unit="batch", disable=None):
+    for start in Progress(range(0, len(files), batch), "local descriptors", unit="batch"):
         images = [open_image(file) for file in files[start:start + batch]]
         crops = [_crop_of(image, box) for image, box in zip(images, boxes[start:start + batch])]
         scales = [_one_scale(images, crops, encoder, side, top, detector) for side in sides]

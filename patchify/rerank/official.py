@@ -10,6 +10,7 @@ __all__ = ['DescriptorFile', 'read_globals', 'read_listed_images', 'Shortlist', 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import pandas as pd
@@ -57,10 +58,20 @@ def _open_virtual(file, path: Path, sources: list):
     return h5py.Dataset(h5py.h5d.open(file.id, b"features", access))
 
 
+def _map_array(path: Path) -> np.ndarray:
+    "The array of a .npy file as a memory map."
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError, TypeError):
+        raise ValueError(f"cannot read {path}: it is damaged or no .npy file of numbers") from None
+
+
 def _open_features(path: Path):
     "The array of a descriptor file, unread."
     if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return _map_array(path)
     try:
         import h5py
     except ImportError as error:
@@ -70,11 +81,18 @@ def _open_features(path: Path):
     except OSError as error:
         reason = "no such file" if not path.exists() else "it is damaged or no HDF5 file"
         raise ValueError(f"cannot open {path}: {reason}; expected HDF5 with an array named features") from error
-    if "features" not in file:
+    if file.get("features", getlink=True) is None:
         raise ValueError(f"{path} has no array named features, only {', '.join(file) or 'nothing'}")
-    features = file["features"]
+    if isinstance(file.get("features", getlink=True), h5py.ExternalLink):
+        raise ValueError(f"{path}: features is a link to another file: put the array into this one")
+    try:
+        features = file["features"]
+    except (KeyError, RuntimeError, OSError):
+        raise ValueError(f"{path}: features is a link that leads nowhere") from None
     if not isinstance(features, h5py.Dataset):
         raise ValueError(f"{path} has a group named features; expected an array")
+    if features.external:
+        raise ValueError(f"{path}: the values of features lie in another file: put them into this one")
     if not features.is_virtual:
         return features
     sources = features.virtual_sources()
@@ -128,7 +146,10 @@ class DescriptorFile:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(f"{self.path} describes {len(self)} images; image {wrong} was requested")
         once, back = np.unique(ids, return_inverse=True)
-        read = np.asarray(self.features[once, :self.count])[back]
+        try:
+            read = np.asarray(self.features[once, :self.count])[back]
+        except OSError as error:
+            raise ValueError(f"{self.path}: features cannot be read, the file is damaged ({error})") from None
         values, columns = self._split(read)
         if values.dtype == np.uint8:
             values = np.unpackbits(values, axis=-1) * 2.0 - 1
@@ -181,10 +202,15 @@ def read_listed_images(
     file: str | Path,  # lines of path[,class][,width,height]
 ) -> pd.DataFrame:  # path; label and instance where classes are listed; width, height where sides are
     "A list of images as the authors write it. Raises ValueError naming the file and line."
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise ValueError(f"no such list of images: {file}") from None
+    if not Path(file).is_file():
+        raise ValueError(f"no such list of images: {file}")
+    content = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    lines = []
+    for number, line in enumerate(content, 1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}, line {number}: expected UTF-8 text, got {line[:40]!r}") from None
     if not lines:
         raise ValueError(f"{file} is empty; expected one image per line")
     parts = [line.split(",") for line in lines]
@@ -195,6 +221,9 @@ def read_listed_images(
             expected = ",".join(("path", *fields)) if fields is not None else "path[,class][,width,height]"
             raise ValueError(f"{file}, line {number}: expected {expected}, got {lines[number - 1]!r}")
     table = pd.DataFrame({"path": [row[0] for row in parts]})
+    repeated = np.flatnonzero(table["path"].duplicated())
+    if len(repeated):
+        raise ValueError(f"{file}, line {repeated[0] + 1}: {table['path'][repeated[0]]!r} is listed twice")
     for i, name in enumerate(fields, 1):
         table[name] = [int(row[i]) for row in parts]
     if "label" in table:
@@ -208,6 +237,15 @@ class Shortlist(SearchResult):
     rows: np.ndarray  # (Q, K) int64, row of each image in the descriptor file; equal to `ranks` unless renumbered
 
 
+def _check_repeated(file: Path, ids: np.ndarray) -> None:
+    "Raise ValueError if a query lists an image twice; -1 stands for none."
+    ordered = np.sort(ids, axis=1)
+    queries, places = np.nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0))
+    if len(queries):
+        image = ordered[queries[0], places[0]]
+        raise ValueError(f"{file}, query {queries[0]}: image {image} is listed twice")
+
+
 def read_shortlist(
     file: str | Path,  # pickle of an array or tensor (2 or 3, Q, K), or .npy
     n_images: int | None = None,  # size of the gallery, to check the numbers (None: unchecked)
@@ -216,7 +254,7 @@ def read_shortlist(
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"no such shortlist: {file}")
-    layers = np.load(file, mmap_mode="r", allow_pickle=False) if file.suffix == ".npy" else read_pickle(file)
+    layers = _map_array(file) if file.suffix == ".npy" else read_pickle(file)
     layers = layers.numpy() if isinstance(layers, torch.Tensor) else layers
     numeric = isinstance(layers, np.ndarray) and layers.dtype.kind in "fiu"
     if not numeric or layers.ndim != 3 or len(layers) not in (2, 3):
@@ -225,13 +263,15 @@ def read_shortlist(
         raise ValueError(f"{file} must hold {expected}, got {found}")
     scores = np.asarray(layers[0], np.float32)
     numbers = np.asarray(layers[1:])
-    ids = numbers.astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        ids = numbers.astype(np.int64)
     if not np.isfinite(scores).all() or not (ids == numbers).all():
         raise ValueError(f"{file}: expected finite similarities, then whole image numbers")
     if layers.dtype == np.float32 and ids.size and ids.max() > 2**24:
         raise ValueError(f"{file} has image numbers above {2**24}, which float32 cannot hold: write it as float64")
     if n_images is not None and ids[0].size and not -1 <= ids[0].min() <= ids[0].max() < n_images:
         raise ValueError(f"{file} names images {ids[0].min()}..{ids[0].max()}, but there are {n_images}")
+    _check_repeated(file, ids[0])
     return Shortlist(scores, ids[0], np.zeros_like(ids[0]), ids[-1])
 
 # %% ../../nbs/rerank/39_official.ipynb #c024
@@ -250,10 +290,17 @@ def read_ground_truth(
         for name in names:
             if name not in entry and name != "junk":
                 raise ValueError(f"{file}, query {query}: {name} is missing")
-            ids = np.asarray(entry.get(name, ()), np.float64).reshape(-1)
-            if (ids != np.floor(ids)).any() or (ids < 0).any() or (n_images is not None and (ids >= n_images).any()):
+            try:
+                ids = np.asarray(entry.get(name, ()), np.float64).reshape(-1)
+            except (ValueError, TypeError):
+                raise ValueError(f"{file}, query {query}: {name} must be a list of image numbers") from None
+            if not np.isfinite(ids).all() or (ids != np.floor(ids)).any() or (ids < 0).any() or (n_images is not None and (ids >= n_images).any()):
                 raise ValueError(f"{file}, query {query}: {name} names images that do not exist: {ids.tolist()}")
             table[name].append(ids.astype(np.int64))
+        images, times = np.unique(np.concatenate([table[name][-1] for name in names]), return_counts=True)
+        if (times > 1).any():
+            repeated = images[times > 1][0]
+            raise ValueError(f"{file}, query {query}: image {repeated} is listed twice in {', '.join(names)}")
     return pd.DataFrame(table)
 
 # %% ../../nbs/rerank/39_official.ipynb #c027

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..search import SearchResult
+from ..messages import Progress
 
 # %% ../../nbs/rerank/30_shortlist.ipynb #c012
 def retrieved_mask(
@@ -88,7 +88,7 @@ def score_shortlist(
         raise ValueError(f"top_k={top_k} does not fit a result of {result.ranks.shape[1]} images per query")
     raw = np.full((len(result.ranks), top_k), np.nan, np.float32)
     retrieved = retrieved_mask(result)[:, :top_k]
-    for query in tqdm(range(len(raw)), "re-ranking", unit="query", leave=False, disable=None):
+    for query in Progress(range(len(raw)), "re-ranking", unit="query"):
         real = retrieved[query]
         scores = np.asarray(scorer(query, result.ranks[query, :top_k][real]), np.float32)
         if scores.shape != (real.sum(),) or not np.isfinite(scores).all():

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..files import atomic_write
 from ..images import open_image
+from ..messages import Progress
 from .extraction import Extractor
 from .official import read_globals
 from ..search import ExactIndex
@@ -202,7 +202,7 @@ def write_descriptors(
     if writer.open(extractor):
         return writer.paths
     rows = range(writer.done, len(files))
-    for row in tqdm(rows, "descriptors", initial=rows.start, total=len(files), unit="image", disable=None):
+    for row in Progress(rows, "descriptors", unit="image", total=len(files), initial=rows.start):
         try:
             described = extractor(np.asarray(open_image(files[row])), boxes[row])
         except ValueError as error:
@@ -212,7 +212,7 @@ def write_descriptors(
     failed = writer.finish()
     if failed:
         count = f"{failed} of {len(files)} images could not be read, their rows are padding"
-        tqdm.write(f"{count}: see {writer.failures}", file=sys.stderr)
+        print(f"{count}: see {writer.failures}", file=sys.stderr)
     return writer.paths
 
 # %% ../../nbs/rerank/44_writing.ipynb #c016

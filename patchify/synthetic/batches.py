@@ -8,7 +8,10 @@ __all__ = ['SceneAssets', 'make_assets', 'BatchRNG', 'place_object', 'jpeg', 'ph
 
 # %% ../../nbs/synthetic/54_batches.ipynb #c002
 import math
-import multiprocessing
+import struct
+import sys
+import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +24,7 @@ from torch import Tensor
 from ..files import atomic_write, cache_key
 from .design import Design, atlas, family
 from .mini import BENCHMARK_SEEDS
+from .pool import run_tasks
 from .render import draw_pose, geometry, render, smooth_noise
 from .textures import surface
 
@@ -44,12 +48,20 @@ def _draw_all(families: int, backgrounds: int, side: int, first: int, workers: i
     "All prints and backgrounds: atlases (objects, S, 2S, 3) and backgrounds (backgrounds, 192, 192, 3), uint8."
     tasks = [("family", first + i, side) for i in range(families)]
     tasks += [("background", first + i, side) for i in range(backgrounds)]
-    if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            drawn = pool.map(_draw, tasks, chunksize=20)
-    else:
-        drawn = [_draw(task) for task in tasks]
+    drawn = list(run_tasks(_draw, tasks, workers, "drawing", "texture"))
     return dict(atlases=np.concatenate(drawn[:families]), backgrounds=np.stack(drawn[families:]))
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    "The drawn arrays; None if there are none, or if their file is damaged, which is reported on stderr."
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in ("atlases", "backgrounds")}
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error):
+        print(f"{path} is damaged: it is drawn again now", file=sys.stderr)
+        return None
 
 
 def make_assets(
@@ -66,12 +78,12 @@ def make_assets(
                          f"not from {first}")
     key = cache_key("scene assets", 1, families=families, backgrounds=backgrounds, side=side, first=first)
     path = Path(cache) / f"assets-{key}.npz"
-    if not path.exists():
+    arrays = _read_arrays(path)
+    if arrays is None:
         arrays = _draw_all(families, backgrounds, side, first, workers)
         atomic_write(path, lambda file: np.savez(file, **arrays))
-    with np.load(path, allow_pickle=False) as file:
-        atlases = torch.from_numpy(file["atlases"])
-        surfaces = torch.from_numpy(file["backgrounds"]).permute(0, 3, 1, 2).contiguous()
+    atlases = torch.from_numpy(arrays["atlases"])
+    surfaces = torch.from_numpy(arrays["backgrounds"]).permute(0, 3, 1, 2).contiguous()
     designs = [family(first + i) for i in range(families)]
     return SceneAssets([member for members in designs for member in members], atlases, surfaces)
 

@@ -31,7 +31,7 @@ from ..descriptors.views import draw_views, render_views
 from ..descriptors.pooling import POOLINGS, PoolHead
 from ..descriptors.token import TokenHead
 from ..encoder import Encoder, weights_of
-from ..files import atomic_write, cache_key, load_strict, read_metadata, read_weights
+from ..files import SUMS, atomic_write, cache_key, load_strict, read_metadata, read_weights, write_sums
 from ..learn import TrainingPlan, train
 from ..retrieval_set import RetrievalSet
 from ..synthetic.mini import load_training_products
@@ -87,6 +87,8 @@ def _save_trained(module: nn.Module, before: dict[str, Tensor], path: Path, key:
             changed[name] = value.half().contiguous().cpu()
     content = save(changed, {"key": key, "losses": json.dumps([round(loss, 5) for loss in losses])})
     atomic_write(path, lambda file: file.write(content))
+    if (path.parent / SUMS).exists():
+        write_sums(path.parent)
 
 
 def train_or_load(

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from ..boxes import Regions
 from ..encoder import Encoder, best_dtype, weights_of
 from ..evaluate import Described, Retrieval
-from ..files import atomic_write, cache_key, read_metadata, read_weights, suggest
+from ..files import SUMS, atomic_write, cache_key, read_metadata, read_weights, suggest, write_sums
 from ..rerank.ames import AMES, AmesScorer, load_ames, pack
 from ..rerank.local import local_sets
 from ..rerank.locore import LOCORE, LocoreScorer, load_locore
@@ -158,7 +158,10 @@ def save_reranker(
     about = dict(encoder=weights_of(encoder), settings=json.dumps(settings), record=json.dumps(record))
     weights = {name: tensor.half().contiguous().cpu() for name, tensor in model.state_dict().items()}
     content = save(weights, metadata=about)
-    return atomic_write(path, lambda file: file.write(content))
+    atomic_write(path, lambda file: file.write(content))
+    if (Path(path).parent / SUMS).exists():
+        write_sums(Path(path).parent)
+    return Path(path)
 
 # %% ../../nbs/zoo/57_rerankers.ipynb #c025
 @dataclass(frozen=True, repr=False)

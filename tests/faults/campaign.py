@@ -15,7 +15,7 @@ from patchify.cli import main
 
 BARE_ERRORS = re.compile(
     r"Traceback|KeyError|IndexError|AttributeError|TypeError|UnicodeDecodeError|invalid literal|not subscriptable"
-    r"|list index|out of range|unpack|has no attribute|Errno|snappy|<_io|0x[0-9a-f]{6}|NoneType")
+    r"|list index|out of range|to unpack|has no attribute|Errno|snappy|<_io|0x[0-9a-f]{6}|NoneType")
 READ_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
@@ -30,25 +30,25 @@ class Outcome:
 
 @dataclass
 class World:
-    "A folder of its own for each row, and what all rows share."
-    path: Path  # an empty folder
-    shared: Path  # read only: photos/, index/ of these photos, tiny/
+    "The folder that a row acts in, empty at its start, and what all rows share."
+    path: Path  # the same for all rows, so that an index of the photographs in it can be copied
+    shared: Path  # read only: photos/, index/ of these photos at level 1, tiny/
+    found: str = ""  # what a search of this index prints
     memory: dict = field(default_factory=dict)  # from the action to the invariant
 
     def photos(self) -> Path:
         "A copy of the photographs, with the same times."
-        folder = self.path / "photos"
-        if not folder.exists():
-            shutil.copytree(self.shared / "photos", folder)
-        return folder
+        return self._copy("photos")
 
     def index(self) -> Path:
         "An index of these photographs."
-        folder = self.path / "index"
-        if not folder.exists():
-            self.photos()
-            assert self.run("index", self.photos(), "--out", folder, "--level", 1).code == 0
-        return folder
+        self.photos()
+        return self._copy("index")
+
+    def _copy(self, name: str) -> Path:
+        if not (self.path / name).exists():
+            shutil.copytree(self.shared / name, self.path / name)
+        return self.path / name
 
     def run(self, *words: object) -> Outcome:
         "One command line, in this process."
@@ -63,7 +63,8 @@ class World:
         err = io.StringIO()
         try:
             with contextlib.redirect_stderr(err):
-                return Outcome(0, err=err.getvalue(), value=function(*arguments, **options))
+                value = function(*arguments, **options)
+            return Outcome(0, err=err.getvalue(), value=value)
         except READ_ERRORS as error:
             return Outcome(2, err=f"{err.getvalue()}{error}")
         except KeyboardInterrupt as error:

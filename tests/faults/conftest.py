@@ -28,6 +28,16 @@ def shared(tmp_path_factory, data) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def indexed(shared, one_encoder) -> str:
+    "An index of these photographs, made where the rows act; what a search of it prints."
+    world = World(shared / "world", shared)
+    index = world.path / "index"
+    assert world.run("index", world.photos(), "--out", index, "--level", 1).code == 0
+    index.rename(shared / "index")
+    return world.run("search", world.index(), world.photos() / "1.png", "-k", 8).out
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_encoder():
     "The shipped encoder is built once for all rows that take it as it is."
@@ -50,18 +60,20 @@ def one_encoder():
 
 
 @pytest.fixture
-def world(tmp_path, shared, monkeypatch) -> World:
-    "A folder of its own; names without a path lie in it."
+def world(shared, indexed, monkeypatch) -> World:
+    "An empty folder; names without a path lie in it."
     def too_long(*_):
         raise AssertionError("a row took longer than two minutes")
 
-    monkeypatch.chdir(tmp_path)
+    path = shared / "world"
+    shutil.rmtree(path)
+    path.mkdir()
+    monkeypatch.chdir(path)
     before = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(120)
-    yield World(tmp_path, shared)
+    yield World(path, shared, indexed)
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def pytest_runtest_logreport(report):

@@ -30,13 +30,12 @@ def damage_index(change, check=True):
     def act(world):
         out = world.index()
         world.memory["intact"] = contents(out)
-        world.memory["found"] = search(world).out
         change(out)
         found = search(world)
         if found.code:
             assert found.code == 2 and "patchify index" in found.err and str(out) in found.err, found.err
         else:
-            assert found.out == world.memory["found"], "a wrong result with exit code 0"
+            assert found.out == world.found, "a wrong result with exit code 0"
         return world.run("check", out)
     return act
 
@@ -45,7 +44,7 @@ def index_is_repaired(world):
     "The same command repairs the index to the byte."
     assert world.run("index", world.photos(), "--out", world.index(), "--level", 1).code == 0
     assert world.run("check", world.index()).code == 0
-    assert search(world).out == world.memory["found"]
+    assert search(world).out == world.found
     assert contents(world.index()) == world.memory["intact"]
 
 
@@ -204,8 +203,8 @@ def index_is_rebuilt(world):
 CASES += [Case(f"compressed index {damage}", damage_compressed(damage), r"\.index", after=index_is_rebuilt)
           for damage in DAMAGES]
 CASES += [
-    Case("merging a missing index", lambda world: world.call(merge_indexes, [world.path / "none.index"]), "none.index"),
-    Case("merging a folder", lambda world: world.call(merge_indexes, [world.path]), "is not an index|no such|folder"),
+    Case("merging a missing index", lambda world: world.call(merge_indexes, [world.path / "none.index"], world.path / "merged.index"), "none.index"),
+    Case("merging a folder", lambda world: world.call(merge_indexes, [world.path], world.path / "merged.index"), "is not an index|no such|folder"),
 ]
 
 

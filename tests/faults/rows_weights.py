@@ -47,7 +47,7 @@ def changed(**tensors):
     def make(path):
         values = load_file(SHIPPED)
         for name, change in tensors.items():
-            key = name if name in values else next(iter(values))
+            key = next(key for key, value in values.items() if value.is_floating_point() and value.dim() > 1)
             values[key] = change(values[key])
         save_file(values, path, read_metadata(SHIPPED))
     return make
@@ -96,7 +96,7 @@ CASES = [
     weights("a tensor less", without_one, f"is missing in .*{FILE}"),
     weights("a tensor more", one_more, f"tensor surplus is in .*{FILE}"),
     weights("no metadata", lambda path: save_file(load_file(SHIPPED), path), f"{FILE} is not a checkpoint of the mini"),
-    weights("an unknown architecture", other_metadata(architecture="resnet10x"), f"{FILE}.*resnet10x"),
+    weights("an unknown architecture", other_metadata(architecture="resnet10x"), f"{FILE} is not a checkpoint of the mini"),
     weights("a dimension of zero", other_metadata(dim="0"), FILE),
     weights("a dimension of words", other_metadata(dim="many"), f"{FILE} is not a checkpoint"),
     weights("a size of words", other_metadata(size='"many"'), f"{FILE}"),
