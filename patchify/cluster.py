@@ -32,9 +32,8 @@ try:
     import fsspec
     import ray
     from fsspec.implementations.local import LocalFileSystem
-except ImportError as error:
-    message = f"{error.name} is not installed: pip install 'patchify-retrieval[cluster]'"
-    raise ImportError(message, name=error.name) from None
+except ImportError:
+    fsspec = ray = None  # reported when one of them is needed
 
 if TYPE_CHECKING:  # importing timm and FAISS takes seconds
     from patchify.compress import CompressedIndex
@@ -42,6 +41,12 @@ if TYPE_CHECKING:  # importing timm and FAISS takes seconds
     from patchify.folder_index import FolderIndex
 
 # %% ../nbs/cluster/60_cluster.ipynb #c011
+def _check_installed() -> None:
+    "Raise ImportError where the extra is missing."
+    if ray is None:
+        raise ImportError("Ray or fsspec is not installed: pip install 'patchify-retrieval[cluster]'")
+
+
 _ATOMIC_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "oss", "memory"}
 
 
@@ -52,6 +57,7 @@ class SharedFolder:
         self,
         address: str | Path,  # such as /mnt/shared/store or s3://bucket/store
     ):
+        _check_installed()
         self.address = str(address)
         self.fs, self.path = fsspec.core.url_to_fs(self.address)
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -117,6 +123,7 @@ class Workers:
     @contextmanager
     def connect(self) -> Iterator[None]:
         "Connect to the cluster, unless this process is connected already."
+        _check_installed()
         if ray.is_initialized():
             yield
             return
@@ -217,6 +224,7 @@ def local_cluster(
     attempts: int = 3,  # Ray gives a node 15 seconds to start, which a busy machine may miss
 ):  # -> ray.cluster_utils.Cluster, not connected
     "A cluster of several nodes on this machine, to try things out."
+    _check_installed()
     from ray.cluster_utils import Cluster
 
     for attempt in range(1, attempts + 1):

@@ -66,7 +66,7 @@ def _output_html(output: dict, heading: str, name: str, files: dict[str, bytes])
             return f'<img src="{html.escape(file, quote=True)}" alt="{html.escape(heading, quote=True)}" loading=lazy>'
     if "text/html" in data:
         bare = re.sub(r"<script\b.*?</script>", "", data["text/html"], flags=re.S | re.I)
-        return re.sub(r"""\s(href|src)=(?!["']?(data:|#))("[^"]*"|'[^']*'|[^\s>]+)""", "", bare)
+        return re.sub(r"""\s(href|src)=(?!["']?data:)("[^"]*"|'[^']*'|[^\s>]+)""", "", bare)
     if "text/markdown" in data:
         return markdown_html(data["text/markdown"])
     if "image/svg+xml" in data:

@@ -377,6 +377,11 @@ def _requested(live: LiveSearch, keys: Sequence[str]) -> dict:
     return found
 
 
+def _names(files: Sequence[str]) -> list[str]:
+    "File names without their folders, which a saved notebook need not tell."
+    return [Path(file).name for file in files]
+
+
 @cache
 def _widget_class() -> type:
     "The widget, defined when it is first needed: anywidget is an extra."
@@ -400,7 +405,8 @@ def _widget_class() -> type:
 
         def __init__(self, live: LiveSearch, k: int):
             levels = max(int(live.levels.max()), 0) + 1
-            super().__init__(photographs=live.photographs, boxes=live.boxes, images=live.images, levels=levels)
+            names = {"photographs": _names(live.photographs), "images": _names(live.images)}
+            super().__init__(**names, boxes=live.boxes, levels=levels)
             self._live = live
             self._k = k
             self.observe(self._search, "query")

@@ -81,15 +81,14 @@ def _open_features(path: Path):
     except OSError as error:
         reason = "no such file" if not path.exists() else "it is damaged or no HDF5 file"
         raise ValueError(f"cannot open {path}: {reason}; expected HDF5 with an array named features") from error
-    try:
-        is_there = "features" in file
-    except RuntimeError:
-        is_there = False  # a link to itself
-    if not is_there:
+    if file.get("features", getlink=True) is None:
         raise ValueError(f"{path} has no array named features, only {', '.join(file) or 'nothing'}")
     if isinstance(file.get("features", getlink=True), h5py.ExternalLink):
         raise ValueError(f"{path}: features is a link to another file: put the array into this one")
-    features = file["features"]
+    try:
+        features = file["features"]
+    except (KeyError, RuntimeError, OSError):
+        raise ValueError(f"{path}: features is a link that leads nowhere") from None
     if not isinstance(features, h5py.Dataset):
         raise ValueError(f"{path} has a group named features; expected an array")
     if features.external:
