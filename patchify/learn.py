@@ -107,8 +107,9 @@ def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, avera
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
-    text = json.dumps(_describe_run(plan, settings))
-    content = save(tensors, metadata={"plan": text, "checksum": _content_checksum(tensors, text)})
+    run = _describe_run(plan, settings)
+    run["checksum"] = _content_checksum(tensors, json.dumps(run))
+    content = save(tensors, metadata={"plan": json.dumps(run)})  # one entry: safetensors writes several in any order
     atomic_write(path, lambda file: file.write(content))
 
 
@@ -127,9 +128,10 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         metadata = read_metadata(path)
         tensors = load_file(path)
-        text = metadata.get("plan", "{}")
-        if metadata.get("checksum") == _content_checksum(tensors, text):
-            return tensors, json.loads(text)
+        run = json.loads(metadata["plan"])
+        expected = run.pop("checksum", None)  # earlier versions wrote none
+        if expected in (None, _content_checksum(tensors, json.dumps(run))):
+            return tensors, run
     except (ValueError, OSError, SafetensorError, KeyError, RuntimeError):
         pass
     raise ValueError(f"{path} is damaged or no checkpoint of a training: delete it to start the training again")

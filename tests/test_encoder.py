@@ -84,7 +84,7 @@ def test_another_size_interpolates_the_position_embeddings_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("name, size, message", [
-    ("test_vit", 100, "patches have 16 pixels: choose 96 or 112"), ("test_vit", 5, "choose 16 or 32"), ("test_vit", 0, "choose 16 or 32"),
+    ("test_vit", 100, "patches have 16 pixels: choose 96 or 112"), ("test_vit", 5, "choose 16 or 32"), ("test_vit", 0, "size 0 is no input size: choose one from 1 to 4096 pixels"),
     ("resnet10t", -3, "size -3")])
 def test_a_size_that_does_not_suit_is_refused(name, size, message):
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ __all__ = ['app', 'Backbone', 'Checkpoint', 'RandomWeights', 'Size', 'Aspect', '
 import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -33,19 +34,23 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # The interpreter flushes standard output once more at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise typer.Exit(0) from None
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC and not str(error).startswith("cannot write"):
-                # the interpreter flushes standard output once more, as above
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _drop_output()
                 error = OSError("cannot write to standard output: its disk is full")
             print(f"patchify: {_sentence(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             print(f"\npatchify: {str(error) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+def _drop_output() -> None:
+    "Send what is left to print nowhere: the interpreter flushes standard output once more at its end."
+    with suppress(OSError, ValueError):  # a stream that is not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(
