@@ -295,7 +295,8 @@ def _check_encoder(encoder: "Encoder", settings: dict) -> None:
         if settings[name] != value:
             worker = f"the worker on {socket.gethostname()} has {name} {value}"
             planned = f"the store was planned with {settings[name]}"
-            raise ValueError(f"{worker}, {planned}: install the same on all nodes, and do not mix nodes with and without GPUs")
+            remedy = "install the same on all nodes, and do not mix nodes with and without GPUs"
+            raise ValueError(f"{worker}, {planned}: {remedy}")
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class Encoder:
 ALIASES = {
     "siglip": "vit_large_patch16_siglip_384.webli",  # inferred: the published 13x compression fits its 1024 dimensions
     "dinov2": "vit_large_patch14_reg4_dinov2.lvd142m",  # inferred: the large model, as for siglip
-    "clip": "vit_large_patch14_clip_quickgelu_336.openai",  # inferred: the large model; the activation it was trained with
+    "clip": "vit_large_patch14_clip_quickgelu_336.openai",  # inferred: the large model, and its activation
     "dinov3": "vit_large_patch16_dinov3.lvd1689m",  # chosen: the large model; so are those below
     "siglip2": "vit_large_patch16_siglip_384.v2_webli",
     "pe": "vit_pe_core_large_patch14_336.fb",

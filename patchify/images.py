@@ -52,7 +52,7 @@ def _check_pixels(image: Image.Image, limit: int) -> None:
 
 
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
-    "Offset and length of each file in an uncompressed tar, without sparse members; read again when the tar has changed."
+    "Offset and length of each file in an uncompressed tar, without sparse members; read anew when it has changed."
     try:
         found = path.stat()
     except OSError as error:

@@ -131,7 +131,8 @@ def describe_texts(
     if "text" not in benchmark.queries:
         raise ValueError(f"{benchmark.name} has no text queries: load it as ilias-text:DIR")
     queries = text_encoder(benchmark.queries["text"].tolist())
-    gallery = extract(benchmark.gallery, image_encoder, regions, str(Path(stores) / "{key}"), benchmark.root, batch=batch)
+    folder = str(Path(stores) / "{key}")
+    gallery = extract(benchmark.gallery, image_encoder, regions, folder, benchmark.root, batch=batch)
     return Described(benchmark, queries, gallery, regions, 0)
 
 # %% ../nbs/core/21_text.ipynb #c020

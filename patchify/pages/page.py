@@ -215,7 +215,8 @@ class Page:
             fig.savefig(self.out / file, metadata={"Date": None})
         plt.close(fig)
         text = html.escape(caption)
-        image = f'<div class=wide tabindex=0><img src="{file}" alt="{text}" width="{round(100 * fig.get_figwidth())}"></div>'
+        width = round(100 * fig.get_figwidth())
+        image = f'<div class=wide tabindex=0><img src="{file}" alt="{text}" width="{width}"></div>'
         display(HTML(f"<figure>{image}<figcaption>{text}</figcaption></figure>"))
 
     def say(self, text: str) -> None:

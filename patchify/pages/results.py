@@ -91,7 +91,8 @@ PAGE_STYLE = """
 :root{--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;--paper:#0d1117;--card:#151b23;--bar:#56B4E9}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
 max-width:72rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin:2rem 0 .5rem;overflow-wrap:anywhere}.soft,.score,em{color:var(--soft)}a{color:var(--bar)}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin:2rem 0 .5rem;overflow-wrap:anywhere}
+.soft,.score,em{color:var(--soft)}a{color:var(--bar)}
 .query img{max-height:14rem;max-width:100%;border-radius:6px}
 .hits{list-style:none;padding:0;display:grid;gap:1rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}

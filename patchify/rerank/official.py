@@ -294,7 +294,8 @@ def read_ground_truth(
                 ids = np.asarray(entry.get(name, ()), np.float64).reshape(-1)
             except (ValueError, TypeError):
                 raise ValueError(f"{file}, query {query}: {name} must be a list of image numbers") from None
-            if not np.isfinite(ids).all() or (ids != np.floor(ids)).any() or (ids < 0).any() or (n_images is not None and (ids >= n_images).any()):
+            is_whole = np.isfinite(ids).all() and (ids == np.floor(ids)).all() and (ids >= 0).all()
+            if not is_whole or (n_images is not None and (ids >= n_images).any()):
                 raise ValueError(f"{file}, query {query}: {name} names images that do not exist: {ids.tolist()}")
             table[name].append(ids.astype(np.int64))
         images, times = np.unique(np.concatenate([table[name][-1] for name in names]), return_counts=True)

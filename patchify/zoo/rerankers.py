@@ -167,7 +167,7 @@ def save_reranker(
 @dataclass(frozen=True, repr=False)
 class Reranked(Retrieval):
     "A run whose shortlists are re-ranked. Bytes and seconds are those of both stages."
-    logits: np.ndarray  # (Q, top_k) of the shortlists, in the order of the first stage without junk; (Q, 0) with windows
+    logits: np.ndarray  # (Q, top_k) of the shortlists, in the first stage's order without junk; (Q, 0): windows
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Reranker:
 
     @staticmethod
     def load(kind: str, encoder: Encoder, data: str | Path = "data", top_k: int | None = None) -> "Reranker":
-        "The re-ranker for this encoder; `top_k` replaces its shortlist length. A ValueError says how to train a missing one."
+        "The re-ranker for this encoder; `top_k` replaces its shortlist length. A missing one is named with its command."
         path = reranker_file(kind, encoder, data)
         if not path.exists():
             raise ValueError(f"no re-ranker is trained for {encoder.name} {encoder.fingerprint}: "
