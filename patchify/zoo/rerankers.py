@@ -182,7 +182,7 @@ class Reranker:
 
     @staticmethod
     def load(kind: str, encoder: Encoder, data: str | Path = "data", top_k: int | None = None) -> "Reranker":
-        "The re-ranker for this encoder; `top_k` replaces its shortlist length. A missing one is named with its command."
+        "The re-ranker for this encoder; `top_k` replaces its shortlist length. A missing one is named."
         path = reranker_file(kind, encoder, data)
         if not path.exists():
             raise ValueError(f"no re-ranker is trained for {encoder.name} {encoder.fingerprint}: "
