@@ -92,6 +92,14 @@ def test_pages_and_book_are_one_site_that_can_be_published_as_it_is(command, pag
     assert sum(file.stat().st_size for file in (site / "book").rglob("*.*")) < 8e6
 
 
+@pytest.fixture(scope="module")
+def from_scratch(rendered, tmp_path_factory):
+    "A data folder without stores."
+    folder = tmp_path_factory.mktemp("scratch")
+    shutil.copytree(rendered, folder / "tiny")
+    return folder
+
+
 @pytest.mark.parametrize("name", ["levels", "locscore", "groups", "regions"])
 def test_the_csv_files_come_out_the_same_from_scratch(command, from_scratch, pages, tmp_path, name):
     words = ["report", "--dataset", "tiny", "--level", 2, "--data", from_scratch, "--reports", tmp_path]
