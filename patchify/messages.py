@@ -36,7 +36,7 @@ class Progress:
     ):
         self.items = items
         self.label = label
-        self.unit = unit
+        self.units = {"batch": "batches", "query": "queries"}.get(unit, unit + "s")
         self.total = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
         self.initial = initial
         self.every = every
@@ -68,9 +68,9 @@ class Progress:
         position = self.initial + self.done
         label = f"{self.label}: " if self.label else ""
         if self.total is None:
-            return f"{label}{position} {self.unit}s, {rate:.3g} per second"
+            return f"{label}{position} {self.units}, {rate:.3g} per second"
         left = _duration((self.total - position) / rate)
-        return f"{label}{position} of {self.total} {self.unit}s, {rate:.3g} per second, about {left} left"
+        return f"{label}{position} of {self.total} {self.units}, {rate:.3g} per second, about {left} left"
 
     def close(self) -> None:
         "End the bar."
