@@ -309,7 +309,7 @@ def build_index(
     reports = Path(reports)
     sections = []
     addresses = {}
-    for run in sorted(path for path in reports.iterdir() if path.is_dir()):
+    for run in sorted(path for path in reports.iterdir() if path.is_dir() and path.name != "scratch"):
         pages = _pages(run)
         if not pages:
             continue
