@@ -38,7 +38,7 @@ if Path(sys.argv[0]).stem == "patchify":  # the console script, from its first m
 
 # %% ../nbs/80_cli.ipynb #m005
 from .commands import evaluate, folders, report, rerank, scale, train  # noqa: F401, each adds its commands to the app
-from .commands.app import app
+from .commands.app import Commands, app
 
 # %% ../nbs/80_cli.ipynb #c006
 def _set_handlers() -> Callable[[], None]:
@@ -76,10 +76,13 @@ def main(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
     restore = _set_handlers()
+    Commands.has_reported = False
     try:
         app(arguments)
         return _flush()
     except SystemExit as end:
+        if end.code == 130 and not Commands.has_reported:  # typer ends quietly when it is interrupted itself
+            print("\npatchify: interrupted", file=sys.stderr)
         return end.code or _flush()
     except KeyboardInterrupt as error:
         print(f"\npatchify: {str(error) or 'interrupted'}", file=sys.stderr)

@@ -29,6 +29,7 @@ def _sentence(error: Exception) -> str:
 
 class Commands(TyperGroup):
     "The commands; a mistake in the input is reported in one sentence."
+    has_reported = False  # whether an interruption was reported
 
     def invoke(self, ctx):
         try:
@@ -44,6 +45,7 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             print(f"\npatchify: {str(error) or 'interrupted'}", file=sys.stderr)
+            Commands.has_reported = True
             raise typer.Exit(130) from None
 
 
