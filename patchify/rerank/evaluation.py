@@ -243,6 +243,7 @@ def _by_row(scorer: Scorer, shortlist: Shortlist) -> Scorer:
 
 def _beside(descriptors: Path, queries: bool, ending: str) -> Path | None:
     "A sibling of the gallery's descriptor file: the queries' descriptors, or the global descriptors of either side."
+    descriptors = descriptors.absolute()
     name = descriptors.name.replace("_local.hdf5", ending)
     folders = [descriptors.parent]
     if queries:
