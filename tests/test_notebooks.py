@@ -89,6 +89,7 @@ def test_a_library_notebook_can_be_read(path):
     text = re.sub(r'"image/(png|jpeg)": "[^"]*"', r'"image/\1": ""', path.read_text())  # pictures hold any letters
     assert path.stat().st_size < 200_000
     assert not re.search(r"/(home|root|Users|tmp)/\w|site-packages", text), "a path of one machine"
+    assert f"{ROOT}/" not in text, "a path of this clone"
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     if path.stem != "index":
         assert cells[0].source.startswith("#| default_exp ")
